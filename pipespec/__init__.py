@@ -1,0 +1,1 @@
+"""PipeSpec: asynchronous, hierarchical speculative decoding. Importing it loads no torch."""

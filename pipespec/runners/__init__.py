@@ -1,0 +1,1 @@
+"""Model runners: one contract (`base`), several implementations, chosen by `factory`."""
