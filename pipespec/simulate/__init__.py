@@ -1,0 +1,18 @@
+"""The protocol under a virtual clock: test bed, planner's engine, definition of ideal throughput.
+
+The same `StageState` and policies that the processes run, driven by a discrete-event scheduler with
+seeded randomness. A failure replays from its seed. Nothing here sleeps, opens or spawns anything.
+"""
+
+from pipespec.simulate.checks import InvariantViolation
+from pipespec.simulate.engine import Report, SimStage, Simulation
+from pipespec.simulate.scenario import Scenario, simulate_seed
+
+__all__ = [
+    "InvariantViolation",
+    "Report",
+    "Scenario",
+    "SimStage",
+    "Simulation",
+    "simulate_seed",
+]

@@ -1,0 +1,336 @@
+"""A discrete-event scheduler for pipelines: virtual clock, links with delay, crashes, restarts.
+
+Time is in seconds of the virtual clock. With no randomness and zero delay the tokens per second of
+a run are the *ideal throughput* of a pipeline: same policy, same tokens, nothing between the steps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipespec.errors import StageError
+from pipespec.hashing import extend, hash_tokens
+from pipespec.messages import (
+    LAUNCHER, Draft, Finish, Frame, Link, Message, Output, Stats, Submit,
+)  # fmt: skip
+from pipespec.policy import Policy
+from pipespec.simulate import checks
+from pipespec.simulate.oracle import Oracle
+from pipespec.state.journal import Journal
+from pipespec.state.request import Role, Step
+from pipespec.state.stage import StageState
+
+MAX_EVENTS = 200_000
+TICK_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimStage:
+    """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws."""
+
+    role: Callable[[], Role]
+    policy: Callable[[], Policy]
+    step_s: Callable[[int], float]
+    oracle: Oracle
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong. Loss, duplication and reordering are probabilities a frame."""
+
+    num_crashes: int = 0
+    loss: float = 0.0
+    duplication: float = 0.0
+    reordering: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return self != Faults()
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened. outputs: token ids by request. counts: events by name. stats: the counters
+    of each stage, by request. end_s: virtual time of the last output token."""
+
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    stats: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    end_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Process:
+    """One incarnation of a stage."""
+
+    state: StageState
+    incarnation: int
+    is_up: bool = True
+    step: Step | None = None
+    draws: list[int] = field(default_factory=list)
+    step_seconds: float = 0.0
+    inbox: list[tuple[Link, Frame, tuple[int, ...]]] = field(default_factory=list)
+    kv: dict[int, list[int]] = field(default_factory=dict)
+
+
+class Simulation:
+    """Runs `submits` through `stages` until all are finished.
+
+    jitter: scales a mean time to a random one (identity for a deterministic run). apply_mid_step:
+    frames are applied when they arrive, even while a forward is in flight; else after it.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[SimStage],
+        submits: Sequence[Submit],
+        *,
+        latency_s: float = 0.0,
+        seed: int = 0,
+        jitter: bool = False,
+        apply_mid_step: bool = False,
+        faults: Faults | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.stages = stages
+        self.submits = {submit.request: submit for submit in submits}
+        self.report = Report()
+        self._rng = random.Random(seed)
+        self._latency_s = latency_s
+        self._jitter = jitter
+        self._apply_mid_step = apply_mid_step
+        self._faults = faults or Faults()
+        self._verify = verify
+        self._now_s = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._num_events = 0
+        self._num_scheduled = 0
+        self._last_arrival_s: dict[tuple[int, int, int], float] = {}
+        self._done: set[int] = set()
+        self._journal = Journal()
+        self._incarnations = [1] * len(stages)
+        self._processes = [self._spawn(index) for index in range(len(stages))]
+
+    def run(self) -> Report:
+        """Raises InvariantViolation, naming the broken promise."""
+        for submit in self.submits.values():
+            self._journal.open(submit.request, len(submit.prompt))
+            self._at(self._random_s(self._latency_s * 5), self._submitter(submit))
+        last = len(self.stages) - 1
+        if self._faults.any:
+            for index in range(len(self.stages)):
+                self._at(self._rng.random() * TICK_S, self._ticker(index))
+        for _ in range(self._faults.num_crashes):
+            victim = self._rng.randint(0, last)
+            self._at(self._rng.random() * 40, lambda victim=victim: self._crash(victim))
+        # A faulty network ticks for ever; a reliable one runs until nothing is left to happen.
+        while self._events and not (self._faults.any and len(self._done) == len(self.submits)):
+            self._now_s, _, event = heapq.heappop(self._events)
+            event()
+            self._num_events += 1
+            checks.check(self._num_events < MAX_EVENTS, "progress is made (no livelock)")
+        checks.check(len(self._done) == len(self.submits), "no deadlock")
+        if not self._faults.any:
+            forgotten = all(not process.state.requests for process in self._processes)
+            checks.check(forgotten, "every stage forgets a finished request")
+        for request, entry in self._journal.entries.items():
+            self.report.outputs[request] = list(entry.tokens)
+        for process in self._processes:
+            self.report.counts["old frames"] += process.state.links.num_old_frames
+        self.report.counts["fenced outputs"] = self._journal.num_fenced
+        return self.report
+
+    # -- time and links ---------------------------------------------------------------------
+
+    def _at(self, delay_s: float, event: Callable[[], None]) -> None:
+        self._num_scheduled += 1
+        heapq.heappush(self._events, (self._now_s + delay_s, self._num_scheduled, event))
+
+    def _random_s(self, mean_s: float) -> float:
+        return mean_s * self._rng.expovariate(1.0) if self._jitter else mean_s
+
+    def _transmit(self, index: int, frames: list[tuple[Link, Frame]]) -> None:
+        for link, frame in frames:
+            self.report.counts[type(frame.message).__name__] += 1
+            if link is Link.LAUNCHER:
+                self._to_launcher(index, frame)
+                continue
+            target = index + (1 if link is Link.DOWN else -1)
+            arrives_on = Link.UP if link is Link.DOWN else Link.DOWN
+            ghost: tuple[int, ...] = ()
+            if self._verify and isinstance(frame.message, Draft):
+                ghost = tuple(self._processes[index].state.requests[frame.message.request].seq)
+            for _ in range(self._num_copies()):
+                self._deliver(index, target, (arrives_on, frame, ghost))
+
+    def _num_copies(self) -> int:
+        u = self._rng.random() if self._faults.any else 1.0
+        if u < self._faults.loss:
+            return 0
+        return 2 if u < self._faults.loss + self._faults.duplication else 1
+
+    def _deliver(self, source: int, target: int, item: tuple[Link, Frame, tuple[int, ...]]) -> None:
+        reordered = self._faults.reordering and self._rng.random() < self._faults.reordering
+        channel = (source, target, item[1].incarnation)
+        delay_s = self._random_s(self._latency_s) if reordered else self._delay_s(channel)
+        self._at(delay_s, lambda: self._arrive(target, item))
+
+    def _delay_s(self, channel: tuple[int, int, int]) -> float:
+        """Random, but never before what was sent earlier on the same channel."""
+        when_s = self._now_s + self._random_s(self._latency_s)
+        when_s = max(when_s, self._last_arrival_s.get(channel, 0.0))
+        self._last_arrival_s[channel] = when_s
+        return when_s - self._now_s
+
+    def _arrive(self, index: int, item: tuple[Link, Frame, tuple[int, ...]]) -> None:
+        process = self._processes[index]
+        if not process.is_up:
+            self.report.counts["lost at a dead stage"] += 1
+            return
+        process.inbox.append(item)
+        if process.step is None or self._apply_mid_step:
+            self._drain(index)
+        self._act(index)
+
+    # -- one stage --------------------------------------------------------------------------
+
+    def _spawn(self, index: int) -> _Process:
+        stage = self.stages[index]
+        state = StageState(stage.role(), stage.policy(), self._incarnations)
+        return _Process(state, self._incarnations[index])
+
+    def _drain(self, index: int) -> None:
+        process = self._processes[index]
+        inbox, process.inbox = process.inbox, []
+        for link, frame, ghost in inbox:
+            self._receive(index, link, frame, ghost)
+
+    def _receive(self, index: int, link: Link, frame: Frame, ghost: tuple[int, ...]) -> None:
+        state, message = self._processes[index].state, frame.message
+        before: tuple[int, ...] = ()
+        if self._verify and isinstance(message, Draft) and message.request in state.requests:
+            before = tuple(state.requests[message.request].cands)
+        outgoing = state.receive(link, frame, self._now_s)
+        request = state.requests.get(getattr(message, "request", -1))
+        if self._verify and request is not None:
+            if isinstance(message, Draft):
+                checks.check_candidates(request, before, message, ghost)
+            checks.check_caps(request, reliable=not self._faults.any)
+        self._transmit(index, outgoing)
+
+    def _act(self, index: int) -> None:
+        process = self._processes[index]
+        if process.step is not None or not process.is_up:
+            return
+        decision = process.state.decide(self._now_s)
+        if decision.step is None:
+            if decision.wake_at_s is not None:
+                self._at(decision.wake_at_s - self._now_s, self._waker(index))
+            return
+        step = process.step = decision.step
+        kv = process.kv.setdefault(step.request, [])
+        if self._verify:
+            checks.check_step(process.state.requests[step.request], step, kv)
+        kv[step.start :] = step.ids
+        process.draws = self._draw(index, step, kv)
+        process.step_seconds = self._random_s(self.stages[index].step_s(len(step.ids)))
+        self._at(process.step_seconds, lambda: self._finish_step(index, process))
+
+    def _draw(self, index: int, step: Step, kv: list[int]) -> list[int]:
+        """The model's choices on what its cache really holds, right or wrong."""
+        oracle, prefix = self.stages[index].oracle, hash_tokens(kv[: step.base])
+        draws = [oracle.draw(prefix)]
+        for token in kv[step.base :]:
+            prefix = extend(prefix, token)
+            draws.append(oracle.draw(prefix))
+        return draws
+
+    def _finish_step(self, index: int, process: _Process) -> None:
+        if self._processes[index] is not process or not process.is_up:
+            return
+        step, process.step = process.step, None
+        assert step is not None
+        if self._apply_mid_step:
+            self._drain(index)
+        request = process.state.requests.get(step.request)
+        num_before = len(request.seq) if request is not None else 0
+        frames = process.state.end_step(process.draws, process.step_seconds, self._now_s)
+        if self._verify and request is not None:
+            checks.check_draws(request, num_before, self.stages[index].oracle)
+            checks.check_caps(request, reliable=not self._faults.any)
+        self._transmit(index, frames)
+        self._drain(index)
+        self._act(index)
+
+    # -- launcher, faults -------------------------------------------------------------------
+
+    def _to_launcher(self, index: int, frame: Frame) -> None:
+        message = frame.message
+        if isinstance(message, Stats):
+            self.report.stats[index, message.request] = message.values
+        elif isinstance(message, Output):
+            delay_s = self._delay_s((index, LAUNCHER, frame.incarnation))
+            self._at(delay_s, lambda: self._commit(frame))
+
+    def _commit(self, frame: Frame) -> None:
+        try:
+            self._journal.on_output(frame)
+        except StageError as error:
+            raise checks.InvariantViolation(str(error)) from error
+        message = frame.message
+        assert isinstance(message, Output)
+        entry = self._journal.entries[message.request]
+        if entry.finish_reason and message.request not in self._done:
+            self._done.add(message.request)
+            self.report.end_s = self._now_s
+            self._to_target(Finish(message.request))
+
+    def _to_target(self, message: Message) -> None:
+        last = len(self.stages) - 1
+        frame = Frame(LAUNCHER, 1, self._incarnations[last], 0, message)
+        delay_s = self._delay_s((LAUNCHER, last, self._incarnations[last]))
+        self._at(delay_s, lambda: self._arrive(last, (Link.LAUNCHER, frame, ())))
+
+    def _crash(self, index: int) -> None:
+        process = self._processes[index]
+        if not process.is_up:
+            return
+        process.is_up = False
+        self.report.counts["crashes"] += 1
+        self._incarnations[index] += 1
+        if index == len(self.stages) - 1:
+            self._journal.fence()
+        self._at(self._random_s(10.0), lambda: self._restart(index))
+
+    def _restart(self, index: int) -> None:
+        process = self._processes[index] = self._spawn(index)
+        self._transmit(index, process.state.greet())
+        if index == len(self.stages) - 1:
+            for submit in self.submits.values():
+                if submit.request not in self._done:
+                    committed = tuple(self._journal.entries[submit.request].tokens)
+                    self._to_target(replace(submit, committed=committed))
+        self._act(index)
+
+    # -- events as closures (a loop variable must be bound when the event is made) ---------------
+
+    def _submitter(self, submit: Submit) -> Callable[[], None]:
+        return lambda: self._to_target(submit)
+
+    def _waker(self, index: int) -> Callable[[], None]:
+        return lambda: self._act(index)
+
+    def _ticker(self, index: int) -> Callable[[], None]:
+        def tick() -> None:
+            process = self._processes[index]
+            if process.is_up:
+                self._transmit(index, process.state.refresh(self._now_s))
+                self._act(index)
+            self._at(TICK_S, tick)
+
+        return tick

@@ -1,0 +1,125 @@
+"""Random pipelines from a seed: what the property tests run thousands of."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from pipespec.config import SamplingParams
+from pipespec.messages import Submit
+from pipespec.policy import AdaptiveWait, FixedWait, Policy
+from pipespec.simulate.engine import Faults, Report, SimStage, Simulation
+from pipespec.simulate.oracle import Oracle
+from pipespec.state.request import Role
+
+VOCAB_SIZE = 4  # few tokens: wrong branches meet right ones by chance, again and again
+RELIABLE = Faults()
+CRASHES = Faults(num_crashes=4)
+LOSSY = Faults(loss=0.04, duplication=0.04, reordering=0.05)
+EVERYTHING = Faults(num_crashes=3, loss=0.03, duplication=0.03, reordering=0.04)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One random pipeline and its requests. Lists have one item a stage, first draft first."""
+
+    seed: int
+    agreement: tuple[float, ...]
+    run_ahead: tuple[int, ...]
+    wait: tuple[int, ...]
+    batch: int
+    step_s: tuple[float, ...]
+    slope: float
+    latency_s: float
+    apply_mid_step: bool
+    adaptive: bool
+    max_new_tokens: tuple[int, ...]
+    eos: int | None
+
+    @classmethod
+    def random(cls, seed: int, *, perfect: bool = False) -> Scenario:
+        """2 to 5 stages, 1 to 8 requests. perfect: every draft agrees with the target."""
+        rng = random.Random(seed)
+        num_stages = rng.randint(2, 5)
+        num_requests = rng.choice([1, 1, 1, 2, 3, 8])
+        run_ahead = tuple(rng.randint(1, 9) for _ in range(num_stages))
+        agreement = tuple(rng.choice([0.0, 0.5, 0.8, 0.95, 1.0]) for _ in range(num_stages - 1))
+        return cls(
+            seed=seed,
+            agreement=(1.0,) * num_stages if perfect else (*agreement, 1.0),
+            run_ahead=run_ahead,
+            wait=(0, *(rng.randint(0, run_ahead[i - 1]) for i in range(1, num_stages))),
+            batch=rng.randint(1, 4),
+            step_s=tuple(rng.choice([0.1, 0.5, 1.0, 3.0]) for _ in range(num_stages)),
+            slope=rng.choice([0.0, 0.1]),
+            latency_s=rng.choice([0.01, 0.3, 2.0]),
+            apply_mid_step=rng.random() < 0.5,
+            adaptive=rng.random() < 0.25,
+            max_new_tokens=tuple(rng.randint(1, 30) for _ in range(num_requests)),
+            eos=rng.choice([None, None, VOCAB_SIZE - 1]),
+        )
+
+    def submits(self) -> list[Submit]:
+        """Prompts are short and differ, so that a token of another request would show."""
+        rng = random.Random(~self.seed)
+        eos = () if self.eos is None else (self.eos,)
+        return [
+            Submit(
+                request,
+                (rng.randrange(VOCAB_SIZE), 50 + request, *([1] * rng.randrange(3))),
+                (),
+                SamplingParams(),
+                max_new_tokens,
+                eos,
+                (),
+            )
+            for request, max_new_tokens in enumerate(self.max_new_tokens)
+        ]
+
+    def stages(self, *, timed: bool) -> list[SimStage]:
+        """timed: waits for candidates end by themselves; untimed ones show every deadlock."""
+        return [self._stage(index, timed) for index in range(len(self.step_s))]
+
+    def _stage(self, index: int, timed: bool) -> SimStage:
+        num_stages = len(self.step_s)
+        above = self.run_ahead[index - 1] if index else 0
+
+        def policy() -> Policy:
+            if self.adaptive and index:
+                adaptive = AdaptiveWait(above, patience_s=20.0)
+                return adaptive
+            return FixedWait(self.wait[index], 20.0 if timed else None, self.batch)
+
+        return SimStage(
+            role=lambda: Role(index, num_stages, self.run_ahead[index], above, self.batch),
+            policy=policy,
+            step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),
+            oracle=Oracle(self.agreement[index], VOCAB_SIZE, self.seed),
+        )
+
+
+def simulate_seed(seed: int, faults: Faults = RELIABLE, *, perfect: bool = False) -> Report:
+    """Runs the seed's scenario with all checks and compares the text with the target's own.
+
+    Raises:
+        InvariantViolation: naming the broken promise; the same seed fails the same way again.
+    """
+    from pipespec.simulate.checks import check
+
+    scenario = Scenario.random(seed, perfect=perfect)
+    submits = scenario.submits()
+    simulation = Simulation(
+        scenario.stages(timed=faults.any),
+        submits,
+        latency_s=scenario.latency_s,
+        seed=seed,
+        jitter=True,
+        apply_mid_step=scenario.apply_mid_step,
+        faults=faults,
+    )
+    report = simulation.run()
+    target = Oracle(1.0, VOCAB_SIZE, seed)
+    for submit in submits:
+        expected = target.continuation(submit.prompt, submit.max_new_tokens, scenario.eos)
+        check(report.outputs[submit.request] == expected, "the text is the target's own")
+    return report

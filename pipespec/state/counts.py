@@ -1,0 +1,56 @@
+"""What one stage counts for one request: the raw material of every metric.
+
+Plain appends in the hot loop. What the numbers mean, and everything computed from them, is
+defined in `metrics`; the names here are the names there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipespec.state.request import Step
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counters of one request at one stage; times in seconds, one list item a decode step."""
+
+    num_steps: int = 0
+    step_times_s: list[float] = field(default_factory=list)
+    query_lengths: list[int] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    prefill_s: float = 0.0
+    num_prefill_tokens: int = 0
+    num_drafted: int = 0
+    num_stale_drafts: int = 0
+    num_rolled_back: int = 0
+    num_rollbacks: int = 0
+    num_discarded_steps: int = 0
+    num_dropped_verdicts: int = 0
+    num_overflows: int = 0
+    wait_s: float = 0.0
+    forward_s: float = 0.0
+
+    def log_step(self, step: Step, accepted: int, emitted: int, seconds: float) -> None:
+        """One forward: of `step.num_candidates` offered, `accepted` matched, and the stage's own
+        sequence grew by `emitted` (0 if a verdict had overtaken the step)."""
+        self.forward_s += seconds
+        self.num_drafted += emitted
+        if step.is_prefill:
+            self.prefill_s += seconds
+            self.num_prefill_tokens += len(step.ids)
+            return
+        self.num_steps += 1
+        self.step_times_s.append(seconds)
+        self.query_lengths.append(len(step.ids))
+        self.offered.append(step.num_candidates)
+        self.accepted.append(accepted)
+        self.emitted.append(emitted)
+
+    def to_values(self) -> dict[str, Any]:
+        """The wire form: the field names and plain values."""
+        return {name: getattr(self, name) for name in self.__slots__}

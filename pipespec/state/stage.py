@@ -1,0 +1,211 @@
+"""All requests at one stage: which frames to believe, which request may step, what to send.
+
+One object per stage, driven by whoever has the messages and the time: the process loop, the
+synchronous `chain`, or the simulator. It returns frames to send and never sends, reads no clock
+(`now_s` is handed in) and does not know what computes the draws.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from pipespec.messages import (
+    Abort, Draft, Finish, Frame, Hello, Link, Message, Stats, Submit, Verdict,
+)  # fmt: skip
+from pipespec.policy import Policy, Situation
+from pipespec.state.finish import Decode, FinishChecker
+from pipespec.state.links import Arrival, Links
+from pipespec.state.request import FinishCheck, Outgoing, RequestState, Role, Step
+
+NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Finish
+REFRESH_S = 5.0  # without a Draft from above for so long: send everything again
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do now: run `step`, or wait for messages, at most until `wake_at_s` if not None."""
+
+    step: Step | None
+    wake_at_s: float | None = None
+
+
+class StageState:
+    """The protocol at one stage for any number of requests.
+
+    max_active: requests that may step at a time (the runner's slots), oldest first; the order is
+    the same at every stage because requests reach them all in the order of submission.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        policy: Policy,
+        incarnations: Sequence[int],
+        *,
+        decode: Decode | None = None,
+        max_active: int = 1 << 30,
+    ) -> None:
+        self.role = role
+        self.policy = policy
+        self.links = Links(role.index, list(incarnations))
+        self.requests: dict[int, RequestState] = {}
+        self.num_unknown = 0
+        self._decode = decode
+        self._max_active = max_active
+        self._last_draft_s: dict[int, float] = {}
+        self._gone: OrderedDict[int, None] = OrderedDict()
+        self._in_flight: RequestState | None = None
+        self._turn = 0
+
+    # -- events -----------------------------------------------------------------------------
+
+    def receive(self, link: Link, frame: Frame, now_s: float) -> list[tuple[Link, Frame]]:
+        """Applies one frame; returns the frames it causes."""
+        arrival = self.links.judge(link, frame)
+        if arrival is Arrival.OLD:
+            return []
+        outgoing: list[Outgoing] = []
+        if arrival is Arrival.NEW_PEER:
+            outgoing += self._on_new_peer(link)
+        outgoing += self._on_message(frame.message, now_s)
+        return self._wrap(outgoing)
+
+    def decide(self, now_s: float) -> Decision:
+        """Starts the step that the policy wants now, requests taking turns."""
+        assert self._in_flight is None
+        active = list(islice(self.requests.values(), self._max_active))
+        wake_at_s: float | None = None
+        for offset in range(len(active)):
+            request = active[(self._turn + offset) % len(active)]
+            if not request.can_step:
+                continue
+            ready_at_s = self._ready_at(request, now_s)
+            if ready_at_s is not None and ready_at_s <= now_s:
+                self._turn += offset + 1
+                self._in_flight = request
+                return Decision(request.begin_step())
+            if ready_at_s is not None:
+                wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
+        return Decision(None, wake_at_s)
+
+    def end_step(
+        self, draws: Sequence[int], seconds: float, now_s: float
+    ) -> list[tuple[Link, Frame]]:
+        """The forward that `decide` started is done. Its request may have finished meanwhile."""
+        request, self._in_flight = self._in_flight, None
+        assert request is not None and request.step is not None
+        if self.requests.get(request.request) is not request:
+            return []
+        step = request.step
+        length = len(request.seq)
+        outgoing = request.end_step(draws, seconds)
+        num_emitted = len(request.seq) - length
+        if not step.is_prefill:
+            self.policy.on_step(len(step.ids), step.num_candidates, num_emitted, seconds, now_s)
+        self.role.batch = self.policy.batch if self.role.is_first else 1
+        return self._wrap(outgoing)
+
+    def refresh(self, now_s: float) -> list[tuple[Link, Frame]]:
+        """For links that may lose frames: full verdicts where drafts have stayed away too long."""
+        outgoing: list[Outgoing] = []
+        for key, request in self.requests.items():
+            if now_s - self._last_draft_s[key] > REFRESH_S and not request.is_ended:
+                self._last_draft_s[key] = now_s
+                outgoing += request.full_verdict()
+        return self._wrap(outgoing)
+
+    def greet(self) -> list[tuple[Link, Frame]]:
+        """After a restart: tells both neighbours that this is a new process."""
+        hello = Hello(self.role.index, 0, "", "", "")
+        ends = ((Link.UP, self.role.is_first), (Link.DOWN, self.role.is_last))
+        return self._wrap([(link, hello) for link, is_end in ends if not is_end])
+
+    # -- messages ---------------------------------------------------------------------------
+
+    def _on_message(self, message: Message, now_s: float) -> list[Outgoing]:
+        if isinstance(message, Draft):
+            return self._on_draft(message, now_s)
+        if isinstance(message, Verdict):
+            request = self.requests.get(message.request)
+            if request is None:
+                self.num_unknown += 1
+                return []
+            return request.on_verdict(message)
+        if isinstance(message, Submit):
+            return self._on_submit(message, now_s)
+        if isinstance(message, Finish | Abort):
+            return self._on_finish(message)
+        return []
+
+    def _on_submit(self, submit: Submit, now_s: float) -> list[Outgoing]:
+        if submit.request in self.requests or submit.request in self._gone:
+            return []
+        request = RequestState(submit, self.role, self._finish_check(submit))
+        self.requests[submit.request] = request
+        self._last_draft_s[submit.request] = now_s
+        return request.full_verdict()
+
+    def _on_draft(self, draft: Draft, now_s: float) -> list[Outgoing]:
+        request = self.requests.get(draft.request)
+        if request is None:
+            self.num_unknown += 1
+            return [(Link.UP, Finish(draft.request))] if draft.request in self._gone else []
+        self._last_draft_s[draft.request] = now_s
+        num_before = len(request.cands)
+        request.on_draft(draft)
+        num_new = max(0, len(request.cands) - num_before)
+        self.policy.on_candidates(num_new, request.drafter_stopped, now_s)
+        return []
+
+    def _on_finish(self, message: Finish | Abort) -> list[Outgoing]:
+        request = self.requests.pop(message.request, None)
+        if request is None:
+            return []
+        self._last_draft_s.pop(message.request)
+        self._gone[message.request] = None
+        while len(self._gone) > NUM_REMEMBERED:
+            self._gone.popitem(last=False)
+        stats = Stats(message.request, request.counts.to_values())
+        upwards: list[Outgoing] = [] if self.role.is_first else [(Link.UP, message)]
+        return [*upwards, (Link.LAUNCHER, stats)]
+
+    def _on_new_peer(self, link: Link) -> list[Outgoing]:
+        """A neighbour was replaced. From below: its verdicts start anew, with a full one. From
+        above: it knows nothing yet."""
+        outgoing: list[Outgoing] = []
+        for request in self.requests.values():
+            if link is Link.DOWN:
+                request.verdict_seen = 0
+            elif link is Link.UP:
+                request.num_verdicts_sent = 0
+                outgoing += request.full_verdict()
+        return outgoing
+
+    # -- parts ------------------------------------------------------------------------------
+
+    def _ready_at(self, request: RequestState, now_s: float) -> float | None:
+        """When `request` may step: now, later (the wait for candidates ends), or None (not before
+        a message arrives)."""
+        if self.role.is_first or request.is_prefill or request.drafter_stopped:
+            return now_s
+        useful = min(request.room, request.remaining) - 1
+        situation = Situation(len(request.cands), useful, now_s)
+        wanted, patience_s = self.policy.wait(situation)
+        if len(request.cands) >= min(wanted, useful):
+            return now_s
+        if patience_s is None:
+            return None
+        if request.waiting_until is None:
+            request.waiting_until = now_s + patience_s
+        return request.waiting_until
+
+    def _finish_check(self, submit: Submit) -> FinishCheck:
+        if self.role.is_last:
+            return FinishChecker(submit, self._decode)
+        return lambda _token: ""
+
+    def _wrap(self, outgoing: list[Outgoing]) -> list[tuple[Link, Frame]]:
+        return [(link, self.links.wrap(link, message)) for link, message in outgoing]
