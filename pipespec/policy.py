@@ -27,6 +27,19 @@ class Situation:
     now_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A forward over `query_length` tokens, `num_offered` of them candidates, that took `seconds`,
+    ended at `end_s` and added `num_emitted` tokens (0 if a verdict had overtaken it)."""
+
+    query_length: int
+    num_offered: int
+    num_emitted: int
+    is_prefill: bool
+    seconds: float
+    end_s: float
+
+
 class Policy(Protocol):
     """Decides for one stage."""
 
@@ -36,10 +49,8 @@ class Policy(Protocol):
         """Candidates to wait for, and for how many seconds at most (None: without limit)."""
         ...
 
-    def on_step(
-        self, query_length: int, num_offered: int, num_emitted: int, seconds: float, now_s: float
-    ) -> None:
-        """A decode step over `query_length` tokens took `seconds` and emitted `num_emitted`."""
+    def on_step(self, result: StepResult) -> None:
+        """A forward is done."""
         ...
 
     def on_candidates(self, num_new: int, drafter_stopped: bool, now_s: float) -> None:
@@ -59,9 +70,7 @@ class FixedWait:
     def wait(self, situation: Situation) -> tuple[int, float | None]:
         return self.num_candidates, self.patience_s
 
-    def on_step(
-        self, query_length: int, num_offered: int, num_emitted: int, seconds: float, now_s: float
-    ) -> None:
+    def on_step(self, result: StepResult) -> None:
         pass
 
     def on_candidates(self, num_new: int, drafter_stopped: bool, now_s: float) -> None:
@@ -108,25 +117,31 @@ def expected_tokens(acceptance: float, num_candidates: int) -> float:
 
 
 class AdaptiveWait:
-    """Wait for the number of candidates that maximises expected tokens per second.
+    """Wait for one more candidate as long as it is worth more than the time it takes.
 
-    Starting with n candidates after waiting for the missing ones costs `missing * draft_s` plus the
-    step over n + 1 tokens and brings `expected_tokens(acceptance, n)`. Acceptance, draft time a
-    token and step times are running means of what this stage has seen.
+    Candidate n + 1 brings a further token with probability acceptance**(n + 1) and costs the time
+    to draft it plus what it adds to the step. Time is worth the tokens per second that the stage
+    reaches on average (renewal-reward: local choices made against the long-run rate maximise that
+    rate). So a verifier waits after a mismatch, by as much as drafts are cheap, and not at all
+    while candidates are at hand. All numbers are running means of what this stage has seen.
     """
 
-    def __init__(self, max_candidates: int, patience_s: float = 1.0) -> None:
+    def __init__(self, max_candidates: int, patience_s: float | None = 1.0) -> None:
         self._max_candidates = max_candidates
         self._patience_s = patience_s
         self._steps = StepTimes()
         self._num_scored = 8.0  # a prior of acceptance 0.7, worth eight tokens
         self._num_accepted = 5.6
+        self._num_tokens = 0.0  # decayed, like the seconds in which they came
+        self._seconds = 0.0
+        self._last_end_s: float | None = None
         self._draft_s: float | None = None
-        self._running_since_s: float | None = None  # the drafter has been at work since
+        self._drafting_since_s: float | None = None
         self.batch = 1
 
     @property
     def acceptance(self) -> float:
+        """Running acceptance rate."""
         return self._num_accepted / self._num_scored
 
     def wait(self, situation: Situation) -> tuple[int, float | None]:
@@ -135,47 +150,69 @@ class AdaptiveWait:
         if step_s is None:  # nothing measured yet: a few candidates are never far off
             return min(4, most), self._patience_s
         draft_s = self._draft_s if self._draft_s is not None else step_s / 8
-        have = situation.num_candidates
-        wanted = max(range(min(have, most), most + 1), key=lambda n: self._rate(n, have, draft_s))
-        missing = max(0, wanted - have)
+        wanted = situation.num_candidates
+        while wanted < most and self._is_worth_waiting(wanted, draft_s):
+            wanted += 1
+        if self._patience_s is None:
+            return wanted, None
+        missing = max(0, wanted - situation.num_candidates)
         return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * draft_s)
 
-    def _rate(self, num_candidates: int, have: int, draft_s: float) -> float:
-        step_s = self._steps.estimate(num_candidates + 1)
-        assert step_s is not None
-        wait_s = (num_candidates - have) * draft_s
-        return expected_tokens(self.acceptance, num_candidates) / (wait_s + step_s)
+    def _is_worth_waiting(self, num_candidates: int, draft_s: float) -> bool:
+        shorter_s = self._steps.estimate(num_candidates + 1)
+        longer_s = self._steps.estimate(num_candidates + 2)
+        assert shorter_s is not None and longer_s is not None
+        cost_s = draft_s + max(0.0, longer_s - shorter_s)
+        return math.pow(self.acceptance, num_candidates + 1) > self._rate(draft_s) * cost_s
 
-    def on_step(
-        self, query_length: int, num_offered: int, num_emitted: int, seconds: float, now_s: float
-    ) -> None:
-        self._steps.observe(query_length, seconds)
-        # About 5 % of a step's time may go into sends; a slow draft sends every token at once.
-        self.batch = max(1, min(4, round(SEND_COST_S / (0.05 * max(seconds, 1e-6)))))
-        if num_offered == 0 or num_emitted == 0:
+    def _rate(self, draft_s: float) -> float:
+        """Tokens per second, long-run; before there is one, that of a wait for four."""
+        if self._seconds > 0.0:
+            return self._num_tokens / self._seconds
+        step_s = self._steps.estimate(5)
+        assert step_s is not None
+        return expected_tokens(self.acceptance, 4) / (4 * draft_s + step_s)
+
+    def on_step(self, result: StepResult) -> None:
+        last_end_s, self._last_end_s = self._last_end_s, result.end_s
+        if result.is_prefill:
             return
-        num_accepted = min(num_offered, num_emitted - 1)
+        self._steps.observe(result.query_length, result.seconds)
+        # About 5 % of a step's time may go into sends; a slow draft sends every token at once.
+        self.batch = max(1, min(4, round(SEND_COST_S / (0.05 * max(result.seconds, 1e-6)))))
+        if last_end_s is not None:
+            self._num_tokens = self._num_tokens * 0.97 + result.num_emitted
+            self._seconds = self._seconds * 0.97 + result.end_s - last_end_s
+        if result.num_offered and result.num_emitted:
+            self._observe_acceptance(result)
+
+    def _observe_acceptance(self, result: StepResult) -> None:
+        num_accepted = min(result.num_offered, result.num_emitted - 1)
         # A rejection ends what can be learnt from a step, so it counts for one scored token.
-        num_scored = min(num_offered, num_accepted + 1)
+        num_scored = min(result.num_offered, num_accepted + 1)
         decay = math.exp2(-num_scored / 64.0)
         self._num_scored = self._num_scored * decay + num_scored
         self._num_accepted = self._num_accepted * decay + num_accepted
-        if num_accepted < num_offered:
-            self._running_since_s = now_s  # the drafter starts again from the correction token
+        if num_accepted < result.num_offered:
+            self._drafting_since_s = result.end_s  # from the correction token, a moment later
 
     def on_candidates(self, num_new: int, drafter_stopped: bool, now_s: float) -> None:
-        if num_new and self._running_since_s is not None:
-            sample_s = (now_s - self._running_since_s) / num_new
+        if num_new and self._drafting_since_s is not None:
+            sample_s = (now_s - self._drafting_since_s) / num_new
             mean_s = self._draft_s if self._draft_s is not None else sample_s
             self._draft_s = mean_s + 0.1 * (sample_s - mean_s)
-        # A drafter that stopped was idle for an unknown part of the time until the next draft.
-        self._running_since_s = None if drafter_stopped else now_s
+        # A drafter that stopped is idle for an unknown part of the time until the next draft.
+        self._drafting_since_s = None if drafter_stopped else now_s
 
 
-def make_policy(schedule: Schedule, *, is_first: bool, max_candidates: int) -> Policy:
-    """The policy of an async-chain stage."""
+def make_policy(schedule: Schedule, *, is_first: bool, synchronous: bool = False) -> Policy:
+    """The policy of one stage. synchronous: of `chain`, where every wait ends by itself, because
+    the stage above drafts until it can no more."""
+    patience_s = None if synchronous else 1.0
     if schedule.policy == "pipespec":
-        return FixedWait(schedule.lookahead or 0, patience_s=1.0)
+        return FixedWait(schedule.lookahead or 0, patience_s)
     if schedule.lookahead is not None and not is_first:
-        return FixedWait(schedule.lookahead, patience_s=1.0)
-    return AdaptiveWait(max_candidates)
+        return FixedWait(schedule.lookahead, patience_s)
+    if synchronous and is_first:
+        return FixedWait(0, None)
+    return AdaptiveWait(schedule.run_ahead, patience_s)

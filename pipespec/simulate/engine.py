@@ -16,7 +16,15 @@ from typing import Any
 from pipespec.errors import StageError
 from pipespec.hashing import extend, hash_tokens
 from pipespec.messages import (
-    LAUNCHER, Draft, Finish, Frame, Link, Message, Output, Stats, Submit,
+    LAUNCHER,
+    Draft,
+    Finish,
+    Frame,
+    Link,
+    Message,
+    Output,
+    Stats,
+    Submit,
 )  # fmt: skip
 from pipespec.policy import Policy
 from pipespec.simulate import checks
@@ -73,7 +81,7 @@ class _Process:
     is_up: bool = True
     step: Step | None = None
     draws: list[int] = field(default_factory=list)
-    step_seconds: float = 0.0
+    step_start_s: float = 0.0
     inbox: list[tuple[Link, Frame, tuple[int, ...]]] = field(default_factory=list)
     kv: dict[int, list[int]] = field(default_factory=dict)
 
@@ -126,8 +134,7 @@ class Simulation:
             for index in range(len(self.stages)):
                 self._at(self._rng.random() * TICK_S, self._ticker(index))
         for _ in range(self._faults.num_crashes):
-            victim = self._rng.randint(0, last)
-            self._at(self._rng.random() * 40, lambda victim=victim: self._crash(victim))
+            self._at(self._rng.random() * 40, self._crasher(self._rng.randint(0, last)))
         # A faulty network ticks for ever; a reliable one runs until nothing is left to happen.
         while self._events and not (self._faults.any and len(self._done) == len(self.submits)):
             self._now_s, _, event = heapq.heappop(self._events)
@@ -148,8 +155,11 @@ class Simulation:
     # -- time and links ---------------------------------------------------------------------
 
     def _at(self, delay_s: float, event: Callable[[], None]) -> None:
-        self._num_scheduled += 1
-        heapq.heappush(self._events, (self._now_s + delay_s, self._num_scheduled, event))
+        self._at_time(self._now_s + delay_s, event)
+
+    def _at_time(self, when_s: float, event: Callable[[], None]) -> None:
+        self._num_scheduled += 1  # events of the same moment happen in the order they were made
+        heapq.heappush(self._events, (when_s, self._num_scheduled, event))
 
     def _random_s(self, mean_s: float) -> float:
         return mean_s * self._rng.expovariate(1.0) if self._jitter else mean_s
@@ -177,15 +187,16 @@ class Simulation:
     def _deliver(self, source: int, target: int, item: tuple[Link, Frame, tuple[int, ...]]) -> None:
         reordered = self._faults.reordering and self._rng.random() < self._faults.reordering
         channel = (source, target, item[1].incarnation)
-        delay_s = self._random_s(self._latency_s) if reordered else self._delay_s(channel)
-        self._at(delay_s, lambda: self._arrive(target, item))
-
-    def _delay_s(self, channel: tuple[int, int, int]) -> float:
-        """Random, but never before what was sent earlier on the same channel."""
         when_s = self._now_s + self._random_s(self._latency_s)
+        if not reordered:
+            when_s = self._in_order_s(channel, when_s)
+        self._at_time(when_s, lambda: self._arrive(target, item))
+
+    def _in_order_s(self, channel: tuple[int, int, int], when_s: float) -> float:
+        """`when_s`, but never before what was sent earlier on the same channel."""
         when_s = max(when_s, self._last_arrival_s.get(channel, 0.0))
         self._last_arrival_s[channel] = when_s
-        return when_s - self._now_s
+        return when_s
 
     def _arrive(self, index: int, item: tuple[Link, Frame, tuple[int, ...]]) -> None:
         process = self._processes[index]
@@ -238,8 +249,9 @@ class Simulation:
             checks.check_step(process.state.requests[step.request], step, kv)
         kv[step.start :] = step.ids
         process.draws = self._draw(index, step, kv)
-        process.step_seconds = self._random_s(self.stages[index].step_s(len(step.ids)))
-        self._at(process.step_seconds, lambda: self._finish_step(index, process))
+        process.step_start_s = self._now_s
+        step_s = self._random_s(self.stages[index].step_s(len(step.ids)))
+        self._at(step_s, lambda: self._finish_step(index, process))
 
     def _draw(self, index: int, step: Step, kv: list[int]) -> list[int]:
         """The model's choices on what its cache really holds, right or wrong."""
@@ -259,7 +271,7 @@ class Simulation:
             self._drain(index)
         request = process.state.requests.get(step.request)
         num_before = len(request.seq) if request is not None else 0
-        frames = process.state.end_step(process.draws, process.step_seconds, self._now_s)
+        frames = process.state.end_step(process.draws, process.step_start_s, self._now_s)
         if self._verify and request is not None:
             checks.check_draws(request, num_before, self.stages[index].oracle)
             checks.check_caps(request, reliable=not self._faults.any)
@@ -274,16 +286,17 @@ class Simulation:
         if isinstance(message, Stats):
             self.report.stats[index, message.request] = message.values
         elif isinstance(message, Output):
-            delay_s = self._delay_s((index, LAUNCHER, frame.incarnation))
-            self._at(delay_s, lambda: self._commit(frame))
+            when_s = self._now_s + self._random_s(self._latency_s)
+            when_s = self._in_order_s((index, LAUNCHER, frame.incarnation), when_s)
+            self._at_time(when_s, lambda: self._commit(frame))
 
     def _commit(self, frame: Frame) -> None:
-        try:
-            self._journal.on_output(frame)
-        except StageError as error:
-            raise checks.InvariantViolation(str(error)) from error
         message = frame.message
         assert isinstance(message, Output)
+        try:
+            self._journal.on_output(message, frame.incarnation)
+        except StageError as error:
+            raise checks.InvariantViolation(str(error)) from error
         entry = self._journal.entries[message.request]
         if entry.finish_reason and message.request not in self._done:
             self._done.add(message.request)
@@ -293,8 +306,9 @@ class Simulation:
     def _to_target(self, message: Message) -> None:
         last = len(self.stages) - 1
         frame = Frame(LAUNCHER, 1, self._incarnations[last], 0, message)
-        delay_s = self._delay_s((LAUNCHER, last, self._incarnations[last]))
-        self._at(delay_s, lambda: self._arrive(last, (Link.LAUNCHER, frame, ())))
+        when_s = self._now_s + self._random_s(self._latency_s)
+        when_s = self._in_order_s((LAUNCHER, last, self._incarnations[last]), when_s)
+        self._at_time(when_s, lambda: self._arrive(last, (Link.LAUNCHER, frame, ())))
 
     def _crash(self, index: int) -> None:
         process = self._processes[index]
@@ -321,6 +335,9 @@ class Simulation:
 
     def _submitter(self, submit: Submit) -> Callable[[], None]:
         return lambda: self._to_target(submit)
+
+    def _crasher(self, index: int) -> Callable[[], None]:
+        return lambda: self._crash(index)
 
     def _waker(self, index: int) -> Callable[[], None]:
         return lambda: self._act(index)

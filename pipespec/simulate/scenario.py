@@ -33,6 +33,7 @@ class Scenario:
     latency_s: float
     apply_mid_step: bool
     adaptive: bool
+    short_context: bool
     max_new_tokens: tuple[int, ...]
     eos: int | None
 
@@ -55,7 +56,8 @@ class Scenario:
             latency_s=rng.choice([0.01, 0.3, 2.0]),
             apply_mid_step=rng.random() < 0.5,
             adaptive=rng.random() < 0.25,
-            max_new_tokens=tuple(rng.randint(1, 30) for _ in range(num_requests)),
+            short_context=rng.random() < 0.1,
+            max_new_tokens=tuple(rng.randint(1, 20) for _ in range(num_requests)),
             eos=rng.choice([None, None, VOCAB_SIZE - 1]),
         )
 
@@ -83,15 +85,17 @@ class Scenario:
     def _stage(self, index: int, timed: bool) -> SimStage:
         num_stages = len(self.step_s)
         above = self.run_ahead[index - 1] if index else 0
+        context_length = 10 if self.short_context and index == 0 else 1 << 20
 
         def policy() -> Policy:
             if self.adaptive and index:
-                adaptive = AdaptiveWait(above, patience_s=20.0)
-                return adaptive
+                return AdaptiveWait(above, patience_s=20.0)
             return FixedWait(self.wait[index], 20.0 if timed else None, self.batch)
 
         return SimStage(
-            role=lambda: Role(index, num_stages, self.run_ahead[index], above, self.batch),
+            role=lambda: Role(
+                index, num_stages, self.run_ahead[index], above, self.batch, context_length
+            ),
             policy=policy,
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),
             oracle=Oracle(self.agreement[index], VOCAB_SIZE, self.seed),

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Counts:
-    """Counters of one request at one stage; times in seconds, one list item a decode step."""
+    """Counters of one request at one stage; times in seconds, one list item a decode step.
+
+    step_starts_s is on the machine's monotonic clock, which all processes of a host share.
+    """
 
     num_steps: int = 0
+    step_starts_s: list[float] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
     query_lengths: list[int] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
@@ -35,9 +39,12 @@ class Counts:
     wait_s: float = 0.0
     forward_s: float = 0.0
 
-    def log_step(self, step: Step, accepted: int, emitted: int, seconds: float) -> None:
+    def log_step(
+        self, step: Step, accepted: int, emitted: int, start_s: float, end_s: float
+    ) -> None:
         """One forward: of `step.num_candidates` offered, `accepted` matched, and the stage's own
         sequence grew by `emitted` (0 if a verdict had overtaken the step)."""
+        seconds = end_s - start_s
         self.forward_s += seconds
         self.num_drafted += emitted
         if step.is_prefill:
@@ -45,6 +52,7 @@ class Counts:
             self.num_prefill_tokens += len(step.ids)
             return
         self.num_steps += 1
+        self.step_starts_s.append(start_s)
         self.step_times_s.append(seconds)
         self.query_lengths.append(len(step.ids))
         self.offered.append(step.num_candidates)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipespec.errors import StageError
-from pipespec.messages import Frame, Output
+from pipespec.messages import Output
 
 
 @dataclass(slots=True)
@@ -38,15 +38,13 @@ class Journal:
         self.incarnation += 1
         return self.incarnation
 
-    def on_output(self, frame: Frame) -> tuple[int, ...]:
-        """Commits an `Output` frame; returns the tokens that are new.
+    def on_output(self, output: Output, incarnation: int) -> tuple[int, ...]:
+        """Commits what a target of this incarnation says; returns the tokens that are new.
 
         Raises:
             StageError: if the target contradicts or skips what it has committed before.
         """
-        output = frame.message
-        assert isinstance(output, Output)
-        if frame.incarnation < self.incarnation:
+        if incarnation < self.incarnation:
             self.num_fenced += 1
             return ()
         entry = self.entries.get(output.request)

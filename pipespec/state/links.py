@@ -42,12 +42,12 @@ class Links:
         return Frame(self._index, self._incarnation, known, self._sequence[link], message)
 
     def judge(self, link: Link, frame: Frame) -> Arrival:
-        if frame.sender == LAUNCHER:
-            return Arrival.KNOWN
         misaddressed = frame.receiver_incarnation != self._incarnation
-        if frame.incarnation < self._known[link] or (
-            misaddressed and isinstance(frame.message, Verdict)
-        ):
+        if frame.sender == LAUNCHER:
+            self.num_old_frames += misaddressed
+            return Arrival.OLD if misaddressed else Arrival.KNOWN
+        is_stale_verdict = misaddressed and isinstance(frame.message, Verdict)
+        if frame.incarnation < self._known[link] or is_stale_verdict:
             self.num_old_frames += 1
             return Arrival.OLD
         is_new = frame.incarnation > self._known[link] or isinstance(frame.message, Hello)

@@ -38,6 +38,8 @@ class Role:
     run_ahead: tokens it may be ahead of the last verdict (the last stage has no such bound).
     max_candidates: the most that the stage before it may be ahead. batch: tokens that a first draft
     collects before it sends them. A policy may change the bounds between two transitions.
+    context_length: positions that the stage's own model can hold; a draft whose context is full
+    stops drafting, the target's was checked before the request was submitted.
     """
 
     index: int
@@ -45,6 +47,7 @@ class Role:
     run_ahead: int
     max_candidates: int
     batch: int = 1
+    context_length: int = 1 << 40
 
     @property
     def is_first(self) -> bool:
@@ -79,8 +82,8 @@ class RequestState:
     """The state of one request at one stage. Owned by exactly one `StageState`."""
 
     __slots__ = (
-        "acked", "cands", "check_finish", "counts", "drafter_stopped", "eos", "finish_reason",
-        "hashes", "intact", "kv_valid", "limit", "num_verdicts_sent", "prompt_len", "request",
+        "acked", "cands", "check_finish", "context_is_short", "counts", "drafter_stopped", "eos",
+        "finish_reason", "hashes", "intact", "kv_valid", "limit", "num_verdicts_sent", "prompt_len", "request",
         "role", "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
     )  # fmt: skip
 
@@ -92,6 +95,9 @@ class RequestState:
         self.eos = frozenset(submit.eos)
         self.prompt_len = len(submit.prompt)
         self.limit = self.prompt_len + submit.max_new_tokens
+        self.context_is_short = not role.is_last and role.context_length + 1 < self.limit
+        if self.context_is_short:
+            self.limit = role.context_length + 1
         self.seq: list[int] = []
         self.hashes = array("Q", [ROOT])  # hashes[n] names seq[:n]
         self.cands: list[int] = []
@@ -116,7 +122,7 @@ class RequestState:
 
     @property
     def remaining(self) -> int:
-        """Output tokens until max_new_tokens."""
+        """Tokens until max_new_tokens, or until the context of a draft is full (then negative)."""
         return self.limit - len(self.seq)
 
     @property
@@ -213,7 +219,7 @@ class RequestState:
         self.waiting_until = None
         return self.step
 
-    def end_step(self, draws: Sequence[int], seconds: float = 0.0) -> list[Outgoing]:
+    def end_step(self, draws: Sequence[int], start_s: float, end_s: float) -> list[Outgoing]:
         """The forward is done; `draws[j]` is the choice for position `step.base + j`."""
         step = self.step
         assert step is not None and len(draws) == step.num_candidates + 1
@@ -226,10 +232,10 @@ class RequestState:
         self.kv_valid = valid
         if valid < len(self.seq):
             self.counts.num_discarded_steps += 1
-            self.counts.log_step(step, 0, 0, seconds)
+            self.counts.log_step(step, 0, 0, start_s, end_s)
             return []
         first_new, num_accepted, accepted = len(self.seq), 0, True
-        while not self.is_ended and self.remaining:
+        while not self.is_ended and self.remaining > 0:
             position = len(self.seq)
             token = draws[position - step.base]
             accepted = position < step.end and fed[position - step.base] == token
@@ -241,7 +247,8 @@ class RequestState:
                 break
         rejected = not accepted and len(self.seq) <= step.end
         self.kv_valid = min(step.end, len(self.seq) - rejected)
-        self.counts.log_step(step, num_accepted, len(self.seq) - first_new, seconds)
+        num_emitted = len(self.seq) - first_new
+        self.counts.log_step(step, num_accepted, num_emitted, start_s, end_s)
         return self._send_up(first_new) + self.flush()
 
     def flush(self) -> list[Outgoing]:
@@ -251,7 +258,9 @@ class RequestState:
         end = min(len(self.seq), self.acked + self.role.run_ahead)
         num_unsent = end - self.sent
         stops = self.room <= 0 or self.is_ended
-        if num_unsent <= 0 or (num_unsent < self.role.batch and not stops):
+        # Nobody may wait for a draft whose context is full, so it says so, with no tokens.
+        has_news = num_unsent > 0 or (self.context_is_short and self.remaining <= 0)
+        if not has_news or (num_unsent < self.role.batch and not stops):
             return []
         parent, tokens = self.hashes[self.sent], tuple(self.seq[self.sent : end])
         draft = Draft(self.request, parent, self.sent, tokens, stops)

@@ -13,9 +13,18 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipespec.messages import (
-    Abort, Draft, Finish, Frame, Hello, Link, Message, Stats, Submit, Verdict,
+    Abort,
+    Draft,
+    Finish,
+    Frame,
+    Hello,
+    Link,
+    Message,
+    Stats,
+    Submit,
+    Verdict,
 )  # fmt: skip
-from pipespec.policy import Policy, Situation
+from pipespec.policy import Policy, Situation, StepResult
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
 from pipespec.state.request import FinishCheck, Outgoing, RequestState, Role, Step
@@ -71,7 +80,7 @@ class StageState:
         if arrival is Arrival.NEW_PEER:
             outgoing += self._on_new_peer(link)
         outgoing += self._on_message(frame.message, now_s)
-        return self._wrap(outgoing)
+        return self.wrap(outgoing)
 
     def decide(self, now_s: float) -> Decision:
         """Starts the step that the policy wants now, requests taking turns."""
@@ -92,21 +101,32 @@ class StageState:
         return Decision(None, wake_at_s)
 
     def end_step(
-        self, draws: Sequence[int], seconds: float, now_s: float
+        self, draws: Sequence[int], start_s: float, end_s: float
     ) -> list[tuple[Link, Frame]]:
         """The forward that `decide` started is done. Its request may have finished meanwhile."""
         request, self._in_flight = self._in_flight, None
         assert request is not None and request.step is not None
         if self.requests.get(request.request) is not request:
             return []
-        step = request.step
-        length = len(request.seq)
-        outgoing = request.end_step(draws, seconds)
-        num_emitted = len(request.seq) - length
-        if not step.is_prefill:
-            self.policy.on_step(len(step.ids), step.num_candidates, num_emitted, seconds, now_s)
+        step, length = request.step, len(request.seq)
+        outgoing = request.end_step(draws, start_s, end_s)
+        self.policy.on_step(
+            StepResult(
+                query_length=len(step.ids),
+                num_offered=step.num_candidates,
+                num_emitted=len(request.seq) - length,
+                is_prefill=step.is_prefill,
+                seconds=end_s - start_s,
+                end_s=end_s,
+            )
+        )
         self.role.batch = self.policy.batch if self.role.is_first else 1
-        return self._wrap(outgoing)
+        return self.wrap(outgoing)
+
+    def add_wait(self, seconds: float) -> None:
+        """The stage had nothing to do for so long although requests were in flight."""
+        for request in self.requests.values():
+            request.counts.wait_s += seconds
 
     def refresh(self, now_s: float) -> list[tuple[Link, Frame]]:
         """For links that may lose frames: full verdicts where drafts have stayed away too long."""
@@ -115,13 +135,21 @@ class StageState:
             if now_s - self._last_draft_s[key] > REFRESH_S and not request.is_ended:
                 self._last_draft_s[key] = now_s
                 outgoing += request.full_verdict()
-        return self._wrap(outgoing)
+        return self.wrap(outgoing)
+
+    def full_verdicts(self) -> list[tuple[Link, Frame]]:
+        """For a stage above that may have missed something: all it needs, for every request."""
+        return self.wrap([item for r in self.requests.values() for item in r.full_verdict()])
 
     def greet(self) -> list[tuple[Link, Frame]]:
         """After a restart: tells both neighbours that this is a new process."""
         hello = Hello(self.role.index, 0, "", "", "")
         ends = ((Link.UP, self.role.is_first), (Link.DOWN, self.role.is_last))
-        return self._wrap([(link, hello) for link, is_end in ends if not is_end])
+        return self.wrap([(link, hello) for link, is_end in ends if not is_end])
+
+    def wrap(self, outgoing: list[Outgoing]) -> list[tuple[Link, Frame]]:
+        """Messages as frames of this stage."""
+        return [(link, self.links.wrap(link, message)) for link, message in outgoing]
 
     # -- messages ---------------------------------------------------------------------------
 
@@ -206,6 +234,3 @@ class StageState:
         if self.role.is_last:
             return FinishChecker(submit, self._decode)
         return lambda _token: ""
-
-    def _wrap(self, outgoing: list[Outgoing]) -> list[tuple[Link, Frame]]:
-        return [(link, self.links.wrap(link, message)) for link, message in outgoing]
