@@ -25,12 +25,13 @@ from pipespec.messages import (
     Output,
     Stats,
     Submit,
+    Verdict,
 )  # fmt: skip
 from pipespec.policy import Policy
 from pipespec.simulate import checks
 from pipespec.simulate.oracle import Oracle
 from pipespec.state.journal import Journal
-from pipespec.state.request import Role, Step
+from pipespec.state.request import RequestState, Role, Step
 from pipespec.state.stage import StageState
 
 MAX_EVENTS = 200_000
@@ -55,6 +56,7 @@ class Faults:
     loss: float = 0.0
     duplication: float = 0.0
     reordering: float = 0.0
+    unequal_target: bool = False  # a restarted target draws otherwise, as after a driver update
 
     @property
     def any(self) -> bool:
@@ -72,17 +74,28 @@ class Report:
     end_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """A frame on its way. ghost: the whole sequence of a Draft's sender, for the checks. cause: of
+    a Verdict, what made its sender send it ("rollback", "bonus" or "")."""
+
+    link: Link
+    frame: Frame
+    ghost: tuple[int, ...] = ()
+    cause: str = ""
+
+
 @dataclass(slots=True)
 class _Process:
     """One incarnation of a stage."""
 
     state: StageState
-    incarnation: int
+    oracle: Oracle
     is_up: bool = True
     step: Step | None = None
     draws: list[int] = field(default_factory=list)
     step_start_s: float = 0.0
-    inbox: list[tuple[Link, Frame, tuple[int, ...]]] = field(default_factory=list)
+    inbox: list[_Delivery] = field(default_factory=list)
     kv: dict[int, list[int]] = field(default_factory=dict)
 
 
@@ -149,6 +162,9 @@ class Simulation:
             self.report.outputs[request] = list(entry.tokens)
         for process in self._processes:
             self.report.counts["old frames"] += process.state.links.num_old_frames
+        for values in self.report.stats.values():
+            self.report.counts["stale draft tokens"] += values["num_stale_drafts"]
+            self.report.counts["overtaken steps"] += values["num_discarded_steps"]
         self.report.counts["fenced outputs"] = self._journal.num_fenced
         return self.report
 
@@ -164,7 +180,7 @@ class Simulation:
     def _random_s(self, mean_s: float) -> float:
         return mean_s * self._rng.expovariate(1.0) if self._jitter else mean_s
 
-    def _transmit(self, index: int, frames: list[tuple[Link, Frame]]) -> None:
+    def _transmit(self, index: int, frames: list[tuple[Link, Frame]], cause: str = "") -> None:
         for link, frame in frames:
             self.report.counts[type(frame.message).__name__] += 1
             if link is Link.LAUNCHER:
@@ -176,7 +192,7 @@ class Simulation:
             if self._verify and isinstance(frame.message, Draft):
                 ghost = tuple(self._processes[index].state.requests[frame.message.request].seq)
             for _ in range(self._num_copies()):
-                self._deliver(index, target, (arrives_on, frame, ghost))
+                self._deliver(index, target, _Delivery(arrives_on, frame, ghost, cause))
 
     def _num_copies(self) -> int:
         u = self._rng.random() if self._faults.any else 1.0
@@ -184,9 +200,9 @@ class Simulation:
             return 0
         return 2 if u < self._faults.loss + self._faults.duplication else 1
 
-    def _deliver(self, source: int, target: int, item: tuple[Link, Frame, tuple[int, ...]]) -> None:
+    def _deliver(self, source: int, target: int, item: _Delivery) -> None:
         reordered = self._faults.reordering and self._rng.random() < self._faults.reordering
-        channel = (source, target, item[1].incarnation)
+        channel = (source, target, item.frame.incarnation)
         when_s = self._now_s + self._random_s(self._latency_s)
         if not reordered:
             when_s = self._in_order_s(channel, when_s)
@@ -198,7 +214,7 @@ class Simulation:
         self._last_arrival_s[channel] = when_s
         return when_s
 
-    def _arrive(self, index: int, item: tuple[Link, Frame, tuple[int, ...]]) -> None:
+    def _arrive(self, index: int, item: _Delivery) -> None:
         process = self._processes[index]
         if not process.is_up:
             self.report.counts["lost at a dead stage"] += 1
@@ -212,27 +228,42 @@ class Simulation:
 
     def _spawn(self, index: int) -> _Process:
         stage = self.stages[index]
-        state = StageState(stage.role(), stage.policy(), self._incarnations)
-        return _Process(state, self._incarnations[index])
+        oracle, incarnation = stage.oracle, self._incarnations[index]
+        if self._faults.unequal_target and index == len(self.stages) - 1:
+            oracle = replace(oracle, seed=oracle.seed + incarnation - 1)
+        return _Process(StageState(stage.role(), stage.policy(), self._incarnations), oracle)
 
     def _drain(self, index: int) -> None:
         process = self._processes[index]
         inbox, process.inbox = process.inbox, []
-        for link, frame, ghost in inbox:
-            self._receive(index, link, frame, ghost)
+        for item in inbox:
+            self._receive(index, item)
 
-    def _receive(self, index: int, link: Link, frame: Frame, ghost: tuple[int, ...]) -> None:
-        state, message = self._processes[index].state, frame.message
-        before: tuple[int, ...] = ()
-        if self._verify and isinstance(message, Draft) and message.request in state.requests:
-            before = tuple(state.requests[message.request].cands)
-        outgoing = state.receive(link, frame, self._now_s)
+    def _receive(self, index: int, item: _Delivery) -> None:
+        state, message = self._processes[index].state, item.frame.message
         request = state.requests.get(getattr(message, "request", -1))
-        if self._verify and request is not None:
-            if isinstance(message, Draft):
-                checks.check_candidates(request, before, message, ghost)
-            checks.check_caps(request, reliable=not self._faults.any)
-        self._transmit(index, outgoing)
+        if not self._verify or request is None:
+            self._transmit(index, state.receive(item.link, item.frame, self._now_s))
+            return
+        cands, length, num_rollbacks = tuple(request.cands), len(request.seq), _rollbacks(request)
+        frames = state.receive(item.link, item.frame, self._now_s)
+        if isinstance(message, Draft):
+            checks.check_candidates(request, cands, message, item.ghost)
+        checks.check_caps(request, reliable=not self._faults.any)
+        cause = "rollback" if _rollbacks(request) > num_rollbacks else ""
+        if isinstance(message, Verdict):
+            self._count_case(message, item.cause, cause, length)
+        self._transmit(index, frames, cause)
+
+    def _count_case(self, verdict: Verdict, cause: str, effect: str, length: int) -> None:
+        """The cases that a test suite of this protocol must have met."""
+        counts = self.report.counts
+        counts["rollbacks"] += effect == "rollback"
+        counts["cascading rollbacks"] += cause == effect == "rollback"
+        if cause == "bonus":
+            counts["bonus tokens that differ from the run-ahead"] += effect == "rollback"
+            ran_past = length >= verdict.start + len(verdict.tokens)
+            counts["bonus tokens that match the run-ahead"] += ran_past and not effect
 
     def _act(self, index: int) -> None:
         process = self._processes[index]
@@ -248,19 +279,10 @@ class Simulation:
         if self._verify:
             checks.check_step(process.state.requests[step.request], step, kv)
         kv[step.start :] = step.ids
-        process.draws = self._draw(index, step, kv)
+        process.draws = _draw(process.oracle, step, kv)
         process.step_start_s = self._now_s
         step_s = self._random_s(self.stages[index].step_s(len(step.ids)))
         self._at(step_s, lambda: self._finish_step(index, process))
-
-    def _draw(self, index: int, step: Step, kv: list[int]) -> list[int]:
-        """The model's choices on what its cache really holds, right or wrong."""
-        oracle, prefix = self.stages[index].oracle, hash_tokens(kv[: step.base])
-        draws = [oracle.draw(prefix)]
-        for token in kv[step.base :]:
-            prefix = extend(prefix, token)
-            draws.append(oracle.draw(prefix))
-        return draws
 
     def _finish_step(self, index: int, process: _Process) -> None:
         if self._processes[index] is not process or not process.is_up:
@@ -272,10 +294,13 @@ class Simulation:
         request = process.state.requests.get(step.request)
         num_before = len(request.seq) if request is not None else 0
         frames = process.state.end_step(process.draws, process.step_start_s, self._now_s)
+        cause = ""
         if self._verify and request is not None:
-            checks.check_draws(request, num_before, self.stages[index].oracle)
+            checks.check_draws(request, num_before, process.oracle)
             checks.check_caps(request, reliable=not self._faults.any)
-        self._transmit(index, frames)
+            is_bonus = 0 < step.num_candidates < len(request.seq) - num_before
+            cause = "bonus" if is_bonus else ""
+        self._transmit(index, frames, cause)
         self._drain(index)
         self._act(index)
 
@@ -308,7 +333,7 @@ class Simulation:
         frame = Frame(LAUNCHER, 1, self._incarnations[last], 0, message)
         when_s = self._now_s + self._random_s(self._latency_s)
         when_s = self._in_order_s((LAUNCHER, last, self._incarnations[last]), when_s)
-        self._at_time(when_s, lambda: self._arrive(last, (Link.LAUNCHER, frame, ())))
+        self._at_time(when_s, lambda: self._arrive(last, _Delivery(Link.LAUNCHER, frame)))
 
     def _crash(self, index: int) -> None:
         process = self._processes[index]
@@ -351,3 +376,17 @@ class Simulation:
             self._at(TICK_S, tick)
 
         return tick
+
+
+def _draw(oracle: Oracle, step: Step, kv: Sequence[int]) -> list[int]:
+    """The model's choices on what its cache really holds, right or wrong."""
+    prefix = hash_tokens(kv[: step.base])
+    draws = [oracle.draw(prefix)]
+    for token in kv[step.base :]:
+        prefix = extend(prefix, token)
+        draws.append(oracle.draw(prefix))
+    return draws
+
+
+def _rollbacks(request: RequestState) -> int:
+    return request.counts.num_rollbacks

@@ -33,6 +33,10 @@ class Journal:
     def open(self, request: int, prompt_len: int) -> None:
         self.entries[request] = JournalEntry(prompt_len)
 
+    def close(self, request: int) -> None:
+        """The request is over; late output of it means nothing."""
+        self.entries.pop(request, None)
+
     def fence(self) -> int:
         """The target is dead: refuse what it may still have in flight. The next incarnation."""
         self.incarnation += 1

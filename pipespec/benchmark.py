@@ -1,0 +1,165 @@
+"""`python -m pipespec.benchmark`: runs decoding strategies over the same prompts and compares them.
+
+Every strategy writes one result file; a finished sample is on the disk at once. Given again, the
+command skips what is there, `--resume` goes on after an interruption, `--force` starts over.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipespec.commands.arguments import (
+    Parser,
+    add_engine_arguments,
+    add_generation_arguments,
+    add_input_arguments,
+)
+from pipespec.commands.display import Display, make_console
+from pipespec.commands.entry import configure_logging, run_command
+from pipespec.commands.inputs import Inputs, read_inputs
+from pipespec.commands.runs import (
+    Result,
+    Run,
+    describe_run,
+    find_divergences,
+    plan_run,
+    run_strategy,
+)
+from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
+from pipespec.commands.tables import TableRow, summary_table
+from pipespec.config import STRATEGIES
+from pipespec.errors import DataError
+from pipespec.results import OutputPlan, load_results, metadata_differences
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run_command(lambda: _benchmark(make_parser().parse_args(arguments)))
+
+
+def make_parser() -> Parser:
+    """All flags of the command."""
+    parser = Parser(
+        prog="python -m pipespec.benchmark",
+        description="Compares greedy, chain and async-chain decoding on the same prompts. Every "
+        "flag may be written with hyphens or underscores.",
+    )
+    add_input_arguments(parser, (*STRATEGIES, "all"), "all")
+    add_generation_arguments(parser)
+    add_engine_arguments(parser, DEFAULT_READY_TIMEOUT_S)
+    group = parser.add_argument_group("samples and results")
+    group.add_argument(
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="the first N of the data set (default: all, except 6 of stdlib)",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="for the result files (default: results/DATASET)",
+    )
+    group.add_argument("--force", action="store_true", help="overwrite result files")
+    group.add_argument(
+        "--resume", action="store_true", help="go on after the samples of an interrupted run"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print memory and placement from config.json files alone, and stop",
+    )
+    return parser
+
+
+def _benchmark(options: Namespace) -> int:
+    configure_logging(options.verbose)
+    settings = read_settings(options)
+    display = Display(make_console())
+    if options.dry_run:
+        return _dry_run(settings, display)
+    inputs = read_inputs(settings, options.num_samples)
+    for warning in inputs.warnings:
+        display.line(f"note: {warning}")
+    output_dir: Path = options.output_dir or Path("results") / inputs.dataset.name
+    runs = [
+        plan_run(strategy, settings, inputs, output_dir, force=options.force, resume=options.resume)
+        for strategy in settings.strategies
+    ]
+    greedy = _stored_greedy(settings, inputs, output_dir, runs, display)
+    for run in runs:
+        if run.plan is OutputPlan.SKIP:
+            display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
+        else:
+            run_strategy(run, settings, inputs, greedy, display)
+        if run.strategy == "greedy":
+            greedy = load_results(run.path).results
+    _show_results(runs, greedy, settings, inputs, display)
+    return 0
+
+
+def _dry_run(settings: Settings, display: Display) -> int:
+    from pipespec.dry_run import dry_run_report, render
+    from pipespec.placement import this_machine
+
+    report = dry_run_report(
+        settings.models,
+        this_machine(os.environ),
+        context_length=None,
+        base=settings.config_path.parent,
+    )
+    display.console.print(render(report))
+    return 0
+
+
+def _stored_greedy(
+    settings: Settings, inputs: Inputs, output_dir: Path, runs: Sequence[Run], display: Display
+) -> Sequence[Result]:
+    """Results of an earlier greedy run on the same prompts, if it is not part of this command."""
+    if any(run.strategy == "greedy" for run in runs):
+        return ()
+    path, wanted = describe_run("greedy", settings, inputs, output_dir)
+    if not path.exists():
+        return ()
+    try:
+        stored = load_results(path)
+    except DataError as error:
+        display.line(f"note: no comparison with greedy: {error}")
+        return ()
+    if metadata_differences(stored.metadata, wanted):
+        return ()
+    display.line(f"note: compared with the greedy run in {path}")
+    return stored.results
+
+
+def _show_results(
+    runs: Sequence[Run],
+    greedy: Sequence[Result],
+    settings: Settings,
+    inputs: Inputs,
+    display: Display,
+) -> None:
+    rows = []
+    for run in runs:
+        results = load_results(run.path).results
+        differing = find_divergences(results, greedy, inputs.prompts)
+        rows.append(
+            TableRow(run.strategy, results, greedy, frozenset(d.sample_index for d in differing))
+        )
+    models = " > ".join(model.name for model in settings.models)
+    title = (
+        f"{models}, {inputs.dataset.name}: {len(inputs.prompts)} samples, "
+        f"at most {settings.generation.max_new_tokens} new tokens"
+    )
+    display.line("")
+    display.console.print(summary_table(title, rows))
+    for run in runs:
+        display.line(str(run.path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

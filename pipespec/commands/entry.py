@@ -1,0 +1,62 @@
+"""From an error to one line on stderr and an exit code, for every command.
+
+Notes on an exception (`add_note`) say what was kept; they follow its message on the same line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from pipespec.errors import PipeSpecError, StageError
+from pipespec.launcher import install_signal_handlers
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def run_command(body: Callable[[], int]) -> int:
+    """Runs a command to its exit code; SIGTERM and SIGHUP unwind it like an exception.
+
+    A failed stage's last log lines are printed below the error's line.
+    """
+    try:
+        with install_signal_handlers():
+            return body()
+    except PipeSpecError as error:
+        _report(f"error: {error}", error)
+        if isinstance(error, StageError):
+            for line in error.log_tail:
+                _report(f"  | {line}")
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        _report("interrupted", error)
+        return EXIT_INTERRUPTED
+    except SystemExit as error:
+        if getattr(error, "__notes__", ()):
+            _report("stopped by a signal", error)
+        raise
+    except BrokenPipeError:
+        # Whoever read our output has left; nothing must be written at interpreter exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def configure_logging(verbose: bool) -> None:
+    """Warnings to stderr; with `verbose`, what PipeSpec does as well."""
+    form = (
+        "%(asctime)s %(name)s %(levelname)s %(message)s" if verbose else "%(levelname)s %(message)s"
+    )
+    logging.basicConfig(level=logging.WARNING, format=form, stream=sys.stderr)
+    if verbose:
+        logging.getLogger("pipespec").setLevel(logging.DEBUG)
+
+
+def _report(message: str, error: BaseException | None = None) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    notes = getattr(error, "__notes__", ())
+    console.print("; ".join([message, *notes]), markup=False)

@@ -1,0 +1,15 @@
+"""Prompts: one registry of data sets for every command. Importing it loads no library."""
+
+from pipespec.data.prompts import PromptTokenizer, Sample, Turn, prompt_ids, prompt_text
+from pipespec.data.registry import BUILT_IN, Dataset, load_dataset
+
+__all__ = [
+    "BUILT_IN",
+    "Dataset",
+    "PromptTokenizer",
+    "Sample",
+    "Turn",
+    "load_dataset",
+    "prompt_ids",
+    "prompt_text",
+]

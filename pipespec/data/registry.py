@@ -1,0 +1,199 @@
+"""One registry of data sets for every command: what a name means, and the samples behind it.
+
+A name is, in this order: a built-in set; a file or folder; a set on the hub (`owner/name`, or
+`owner/name:config`). A built-in set is one entry of `BUILT_IN`. Models and tokenizers are unknown
+here: samples are text or turns, `prompts` turns them into what is fed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from pipespec.data.hub import HubSource, read_hub
+from pipespec.data.prompts import Sample, sample_from_row
+from pipespec.data.readers import Row, read_file, read_folder
+from pipespec.errors import DataError
+
+ToSample = Callable[[int, Mapping[str, Any]], Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The samples of a run.
+
+    name: of the results folder. source: where the samples came from, for the record. digest: names
+    their content and order, equal on every machine. warnings: what the user should be told.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+    digest: str
+    source: str
+    generation_prompt: bool = True
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A set that has a name of its own.
+
+    source: a set on the hub, or a function that gives the rows. to_sample: from a row; by default
+    the known columns are looked for. aliases: other names for it. default_num_samples: None is all.
+    """
+
+    source: HubSource | Callable[[], Iterable[Row]]
+    to_sample: ToSample = sample_from_row
+    aliases: tuple[str, ...] = ()
+    default_num_samples: int | None = None
+
+
+def _column(name: str) -> ToSample:
+    return lambda index, row: sample_from_row(index, row, (name,))
+
+
+def _stdlib_rows() -> Iterator[Row]:
+    from pipespec.data.stdlib import stdlib_prompts
+
+    for prompt in stdlib_prompts():
+        yield prompt.name, {"prompt": prompt.text}
+
+
+BUILT_IN: Final[Mapping[str, BuiltIn]] = {
+    "stdlib": BuiltIn(_stdlib_rows, default_num_samples=6),
+    "humaneval": BuiltIn(
+        HubSource("openai/openai_humaneval", split="test"),
+        _column("prompt"),
+        aliases=("openai_humaneval", "openai/openai_humaneval"),
+    ),
+    "gsm8k": BuiltIn(
+        HubSource("openai/gsm8k", config="main", split="test"),
+        _column("question"),
+        aliases=("openai/gsm8k", "openai/gsm8k:main"),
+    ),
+}
+
+_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a name stands for, before any row is read."""
+
+    name: str
+    source: str
+    rows: Callable[[], Iterable[Row]]
+    to_sample: ToSample = sample_from_row
+    default_num_samples: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def load_dataset(
+    name: str, num_samples: int | None = None, *, generation_prompt: bool = True
+) -> Dataset:
+    """The first `num_samples` samples of the set called `name`.
+
+    Args:
+        num_samples: None is all of them, except six of `stdlib`. More than there are is no error:
+            all are taken and a warning says so.
+        generation_prompt: kept with the data set, for `prompt_ids`.
+
+    Raises:
+        DataError: one line that names the set, the place in it, and what would work.
+    """
+    if num_samples is not None and num_samples <= 0:
+        raise DataError(f"--num-samples is {num_samples}; it must be a positive integer")
+    found = _find(name)
+    wanted = found.default_num_samples if num_samples is None else num_samples
+    samples = tuple(_samples(found, wanted))
+    if not samples:
+        raise DataError(f"{found.source} has no rows")
+    warnings = found.warnings
+    if num_samples is not None and len(samples) < num_samples:
+        only = f"{found.source} has only {len(samples)} samples; --num-samples {num_samples}"
+        warnings = (*warnings, f"{only} takes them all")
+    return Dataset(found.name, samples, digest(samples), found.source, generation_prompt, warnings)
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """32 hexadecimal digits over the content and order of the samples."""
+    state = hashlib.sha256()
+    for sample in samples:
+        turns = sample.messages and [[turn.role, turn.content] for turn in sample.messages]
+        state.update(json.dumps([sample.text, turns]).encode() + b"\n")
+    return state.hexdigest()[:32]
+
+
+def _samples(found: _Found, num_samples: int | None) -> Iterator[Sample]:
+    """Rows are read, and can be wrong, only as far as samples are wanted."""
+    for index, (place, row) in enumerate(islice(found.rows(), num_samples)):
+        try:
+            yield found.to_sample(index, row)
+        except DataError as error:
+            raise DataError(f"{found.source} {place} {error}") from error
+
+
+def _find(name: str) -> _Found:
+    built_in = _built_in(name)
+    if built_in is not None:
+        return built_in
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+        return _local(path)
+    if name.startswith((".", "/", "~")) or path.suffix in (".json", ".jsonl"):
+        raise DataError(f"--dataset: there is no file or folder {name}")
+    if _HUB_NAME.fullmatch(name):
+        hub_path, _, config = name.partition(":")
+        source = HubSource(hub_path, config or None)
+        return _Found(_folder_name(name), str(source), lambda: read_hub(source))
+    raise DataError(
+        f"--dataset: there is no data set {name}; use {', '.join(BUILT_IN)}, a folder saved by "
+        "`datasets`, a .jsonl or .json file, or the name of a set on the hub (owner/name)"
+    )
+
+
+def _built_in(name: str) -> _Found | None:
+    """The built-in set, with a warning if there is a file or folder that might be meant."""
+    key = next((key for key, entry in BUILT_IN.items() if name in (key, *entry.aliases)), None)
+    if key is None:
+        return None
+    entry = BUILT_IN[key]
+    warnings: tuple[str, ...] = ()
+    if os.path.exists(name):
+        taken = f"--dataset {name} is the built-in set, not the {_kind(Path(name))} of that name"
+        warnings = (f"{taken}; for that, say ./{name}",)
+    source = entry.source
+    if isinstance(source, HubSource):
+        hub = source
+        return _Found(
+            key,
+            str(hub),
+            lambda: read_hub(hub),
+            entry.to_sample,
+            entry.default_num_samples,
+            warnings,
+        )
+    return _Found(key, key, source, entry.to_sample, entry.default_num_samples, warnings)
+
+
+def _local(path: Path) -> _Found:
+    if path.is_dir():
+        return _Found(_folder_name(path.resolve().name), str(path), lambda: read_folder(path))
+    return _Found(_folder_name(path.stem), str(path), lambda: read_file(path))
+
+
+def _kind(path: Path) -> str:
+    return "folder" if path.is_dir() else "file"
+
+
+def _folder_name(name: str) -> str:
+    """The last part of a name, of characters that are safe in a folder's name."""
+    last = name.rstrip("/").split("/")[-1]
+    return re.sub(r"[^\w.-]+", "-", last).strip(".-") or "data"

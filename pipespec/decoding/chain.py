@@ -1,0 +1,155 @@
+"""Synchronous speculative decoding with k models: the protocol core stepped in one process.
+
+No clock and no waiting: of all stages that may step, the one nearest to the target does, so a
+stage drafts only while nobody after it has enough to verify. Sources: Leviathan et al.,
+arXiv 2211.17192; for k models, PipeSpec's baseline, arXiv 2505.01572.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from pipespec.config import GenerationParams, Schedule
+from pipespec.decoding.base import Batch, Generation, Prompt, Session
+from pipespec.decoding.greedy import DEFAULTS
+from pipespec.decoding.hierarchy import Hierarchy
+from pipespec.decoding.local import close_all, load_runners, pinned
+from pipespec.errors import UsageError
+from pipespec.messages import LAUNCHER, Abort, Finish, Frame, Link, Message, Output, Stats, Submit
+from pipespec.policy import make_policy
+from pipespec.runners.base import Row
+from pipespec.state import Role, StageState, Step
+
+Delivery = tuple[int, Link, Frame]
+
+
+class ChainSpeculativeDecoder:
+    """Drafts `schedule.lookahead` tokens (None: as many as pay), verifies them, starts again.
+
+    On the CPU all models share the target's cores: one process does one thing at a time.
+    """
+
+    strategy = "chain"
+
+    def __init__(self, hierarchy: Hierarchy, schedule: Schedule | None = None) -> None:
+        self.hierarchy = hierarchy
+        self.schedule = schedule = schedule or Schedule()
+        num_stages = len(hierarchy.models)
+        if num_stages < 2:
+            raise UsageError(
+                "--strategy chain needs a draft and a target; the config has one model"
+            )
+        if schedule.lookahead == 0:
+            raise UsageError("--lookahead 0 is for async-chain; chain drafts at least 1 token")
+        self._placement = hierarchy.in_process(num_stages - 1)
+        with pinned(self._placement):
+            self._runners = load_runners(hierarchy)
+        ahead = schedule.lookahead or schedule.run_ahead
+        self._states = [
+            StageState(
+                Role(i, num_stages, ahead, ahead, context_length=runner.info.context_length),
+                make_policy(schedule, is_first=i == 0, synchronous=True),
+                [1] * num_stages,
+                decode=hierarchy.tokenizer.decode,
+            )
+            for i, runner in enumerate(self._runners)
+        ]
+        self._inbox: deque[Delivery] = deque()
+        self._stats: dict[int, dict[str, Any]] = {}
+        self._session = Session(self)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: GenerationParams = DEFAULTS,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        return self._session.generate(prompt, params, on_text)
+
+    def stream(self, prompt: Prompt, params: GenerationParams = DEFAULTS) -> Iterator[str]:
+        return self._session.stream(prompt, params)
+
+    def close(self) -> None:
+        close_all(self._runners)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run(self, submit: Submit) -> Generator[Batch, None, None]:
+        self._stats = {}
+        closing: Message = Abort(submit.request)
+        try:
+            with pinned(self._placement):
+                self._tell_target(submit)
+                while isinstance(closing, Abort):
+                    for output in self._deliver():
+                        if output.finish_reason:
+                            closing = Finish(submit.request)
+                        yield output.tokens, output.finish_reason
+                    if isinstance(closing, Abort):
+                        self._step_once()
+        finally:
+            self._tell_target(closing)
+            self._deliver()
+            for runner in self._runners:
+                runner.release(0)
+
+    def last_counts(self) -> list[dict[str, Any]]:
+        return [self._stats[index] for index in range(len(self._states))]
+
+    def _step_once(self) -> None:
+        """One forward of the stage nearest to the target that can do one."""
+        for index in reversed(range(len(self._states))):
+            step = self._states[index].decide(time.perf_counter()).step
+            if step is not None:
+                self._forward(index, step)
+                return
+        raise AssertionError("no stage can step: the protocol has stalled")
+
+    def _forward(self, index: int, step: Step) -> None:
+        state = self._states[index]
+        sampling = state.requests[step.request].submit.sampling
+        row = Row(0, step.start, step.ids, step.num_candidates + 1, sampling)
+        start_s = time.perf_counter()
+        draws = self._runners[index].forward([row])[0]
+        end_s = time.perf_counter()
+        self._post(index, state.end_step(draws, start_s, end_s))
+
+    def _deliver(self) -> list[Output]:
+        """Passes messages on until none is left; returns what the target put out."""
+        outputs: list[Output] = []
+        while self._inbox:
+            index, link, frame = self._inbox.popleft()
+            if link is not Link.LAUNCHER or frame.sender == LAUNCHER:
+                self._post(index, self._states[index].receive(link, frame, time.perf_counter()))
+            elif isinstance(frame.message, Output):
+                outputs.append(frame.message)
+            elif isinstance(frame.message, Stats):
+                self._stats[index] = frame.message.values
+        return outputs
+
+    def _post(self, index: int, frames: list[tuple[Link, Frame]]) -> None:
+        """What stage `index` sends arrives at the other end of the link."""
+        for link, frame in frames:
+            if link is Link.UP:
+                self._inbox.append((index - 1, Link.DOWN, frame))
+            elif link is Link.DOWN:
+                self._inbox.append((index + 1, Link.UP, frame))
+            else:
+                self._inbox.append((index, Link.LAUNCHER, frame))
+
+    def _tell_target(self, message: Message) -> None:
+        last = len(self._states) - 1
+        self._inbox.append((last, Link.LAUNCHER, Frame(LAUNCHER, 1, 1, 0, message)))

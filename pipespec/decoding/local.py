@@ -1,0 +1,77 @@
+"""Runners in the caller's own process, on the device the config gave them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+from pipespec.config import SamplingParams
+from pipespec.decoding.hierarchy import Hierarchy
+from pipespec.placement import StagePlacement
+from pipespec.runners.base import ModelRunner, Row
+from pipespec.runners.factory import load_runner
+
+log = logging.getLogger(__name__)
+
+
+def load_runners(hierarchy: Hierarchy) -> list[ModelRunner]:
+    """Loads every model of the hierarchy here; on an error, none stays loaded."""
+    runners: list[ModelRunner] = []
+    try:
+        for index, model in enumerate(hierarchy.models):
+            runners.append(
+                load_runner(
+                    model,
+                    hierarchy.in_process(index),
+                    hierarchy.folders[index],
+                    hierarchy.vocab_size,
+                )
+            )
+            warm_up(runners[-1])
+    except BaseException:
+        close_all(runners)
+        raise
+    return runners
+
+
+def warm_up(runner: ModelRunner) -> None:
+    """First calls compile, allocate and fill caches; no request should pay for them."""
+    sampling, length = SamplingParams(), min(8, runner.info.context_length)
+    for count in range(length, 0, -1):
+        runner.forward([Row(0, 0, [0] * count, count, sampling)])
+    runner.release(0)
+
+
+def close_all(runners: list[ModelRunner]) -> None:
+    for runner in runners:
+        runner.close()
+
+
+@contextlib.contextmanager
+def pinned(placement: StagePlacement) -> Iterator[None]:
+    """Gives this thread the cores and torch the threads that the stage would have as a process, so
+    that strategies are compared on the same hardware; both are given back."""
+    torch = sys.modules.get("torch")
+    cores_before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    threads_before = torch.get_num_threads() if torch else None
+    try:
+        if placement.cores and cores_before is not None:
+            _set_affinity(set(placement.cores))
+        if torch and placement.device == "cpu":
+            torch.set_num_threads(placement.threads)
+        yield
+    finally:
+        if cores_before is not None:
+            _set_affinity(cores_before)
+        if torch and threads_before is not None:
+            torch.set_num_threads(threads_before)
+
+
+def _set_affinity(cores: set[int]) -> None:
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:  # a container may forbid it; the text is the same, only slower
+        log.warning("cannot pin to cores %s: %s", sorted(cores), error)

@@ -1,0 +1,115 @@
+"""`python -m pipespec.demo.train --out DIR`: trains the demo family from the standard library.
+
+The same command, given again after an interruption, continues from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from pipespec.demo.corpus import train_files
+from pipespec.demo.family import train_family
+from pipespec.demo.progress import ProgressDisplay
+from pipespec.demo.settings import FamilyPlan
+from pipespec.errors import PipeSpecError, UsageError
+
+DEFAULT_MINUTES = 60.0
+
+
+def main(arguments: Sequence[str] | None = None, plan: FamilyPlan | None = None) -> int:
+    """Run the command; returns the exit code. `plan` stands in for the shipped one in tests."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        options = _parser().parse_args(arguments)
+        _check(options)
+        _train(options, FamilyPlan() if plan is None else plan, console)
+    except PipeSpecError as error:
+        console.print(f"error: {error}", markup=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("stopped; the same command continues from the last checkpoint")
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage text."""
+        raise UsageError(f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m pipespec.demo.train",
+        description="Train the demo models on the running Python's standard library.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the models' folders")
+    parser.add_argument(
+        "--work-dir",
+        "--work_dir",
+        type=Path,
+        help="folder for checkpoints and token caches (default: OUT/checkpoints)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=DEFAULT_MINUTES,
+        help="guard on the time spent; the budget itself is counted in tokens (default: 60)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=FamilyPlan().seed, help="default: 0")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the models; faster, needs a C++ compiler (default: yes)",
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not 0 < options.minutes < float("inf"):
+        raise UsageError(f"--minutes is {options.minutes:g}; give a number above 0")
+    if options.threads < 1:
+        raise UsageError(f"--threads is {options.threads}; give at least 1")
+    if options.seed < 0:
+        raise UsageError(f"--seed is {options.seed}; give 0 or more")
+    for flag, folder in (("--out", options.out), ("--work-dir", options.work_dir)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError(f"{flag} {folder} is a file; name a folder")
+
+
+def _train(options: argparse.Namespace, plan: FamilyPlan, console: Console) -> None:
+    out: Path = options.out
+    work: Path = options.work_dir or out / "checkpoints"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to --out {out}: {error.strerror}") from error
+    plan = replace(plan, seed=options.seed, compile=plan.compile and options.compile)
+    with ProgressDisplay(console) as display:
+        records = train_family(
+            plan, train_files(), out, work, options.minutes * 60.0, options.threads, display.show
+        )
+    for record in records:
+        note = "; cut short by --minutes" if record.cut_short else ""
+        console.print(
+            f"{out / record.name}: {record.num_steps:,} steps, {record.num_tokens:,} tokens, "
+            f"loss {record.loss:.3f}, {record.elapsed_s:.0f} s{note}",
+            markup=False,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

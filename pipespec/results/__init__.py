@@ -1,0 +1,22 @@
+"""Result files: one JSON a run, a superset of the original's schema. No torch, no models."""
+
+from pipespec.results.environment import describe_environment
+from pipespec.results.metadata import SCHEMA_VERSION, metadata_differences, run_metadata
+from pipespec.results.paths import OutputPlan, partial_path, plan_output, result_file_name
+from pipespec.results.reading import RunFile, load_results
+from pipespec.results.writer import ResultWriter, sample_result
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "OutputPlan",
+    "ResultWriter",
+    "RunFile",
+    "describe_environment",
+    "load_results",
+    "metadata_differences",
+    "partial_path",
+    "plan_output",
+    "result_file_name",
+    "run_metadata",
+    "sample_result",
+]

@@ -1,0 +1,146 @@
+"""Matrix products of the lean runner: which kernel, for which weight and how many rows.
+
+On CPU there are two. *Dense* is plain torch (MKL): no set-up, fastest for one or two rows of a
+small float32 weight, but a weight that does not fit a core's cache costs two to three times as
+much at four rows as at one. *Packed* is oneDNN with the weight reordered once at load: about 10 us
+to enter, then flat from one row to eight, which is what verification needs. The rule, from
+measurements with one thread (float32, dense/packed, us):
+
+    weight MiB   1 row      2 rows     4 rows     8 rows
+    0.2             8/20       8/20      10/20      16/24      dense
+    2.1            89/133     99/131    159/136    219/192     dense to 2 rows, packed from 3
+    5.0           189/223    188/226    374/272    627/361     (both are kept)
+    17            672/736    638/669   1266/723   1920/907     packed
+
+bfloat16 is packed always (dense is slower everywhere, up to 1.8 times); float16 like float32, by
+its number of elements. With several threads dense gains nothing for one row, so there it serves
+only the small. On a GPU everything is dense.
+
+`torch.ops.mkldnn` is what torch.compile emits for frozen CPU models; it is probed, not assumed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_SMALL: Final = 1 << 18  # elements: 1 MiB of float32
+_LARGE: Final = 1 << 21  # 8 MiB of float32
+_MAX_DENSE_ROWS: Final = 2
+
+
+class Linear(Protocol):
+    """x @ weight.T + bias, for x [rows, in] of the weight's dtype."""
+
+    weight_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, out], a new tensor."""
+        ...
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Writes the product to `out` [rows, out], converting to its dtype."""
+        ...
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + product; `residual` may be overwritten."""
+        ...
+
+
+class DenseLinear:
+    """The weight as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self._transposed = weight.t()
+        self.weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        if self._bias is None and out.dtype == x.dtype:
+            torch.mm(x, self._transposed, out=out)
+        else:
+            out.copy_(self(x))
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self._bias is not None:
+            residual += self._bias
+        return residual.addmm_(x, self._transposed)
+
+
+class PackedLinear:
+    """The weight in oneDNN's blocked layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = bias
+        self._product: Any = torch.ops.mkldnn._linear_pointwise.default
+        self._sum: Any = torch.ops.mkldnn._linear_pointwise.binary
+        self.weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = self._product(x, self._weight, self._bias, "none", [], "")
+        return product
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self(x))
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        total: Tensor = self._sum(x, residual, self._weight, self._bias, "add")
+        return total
+
+
+class EitherLinear:
+    """Both, chosen by the number of rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._dense, self._packed = DenseLinear(weight, bias), PackedLinear(weight, bias)
+        self.weight_bytes = self._dense.weight_bytes + self._packed.weight_bytes
+
+    def _for(self, x: Tensor) -> Linear:
+        return self._dense if len(x) <= _MAX_DENSE_ROWS else self._packed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._for(x)(x)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        self._for(x).into(x, out)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._for(x).add_to(residual, x)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, num_threads: int) -> Linear:
+    """The fastest kernel for this weight [out, in], by the rule above.
+
+    num_threads: of torch, in forwards to come.
+    """
+    if not _can_pack(weight):
+        return DenseLinear(weight, bias)
+    if weight.dtype == torch.bfloat16:
+        return PackedLinear(weight, bias)
+    if weight.numel() < _SMALL:
+        return DenseLinear(weight, bias)
+    if weight.numel() < _LARGE and num_threads == 1:
+        return EitherLinear(weight, bias)
+    return PackedLinear(weight, bias)
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether this torch build and this processor have oneDNN kernels for the weight's dtype."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        torch.float16: lambda: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    }
+    return weight.dtype in supported and supported[weight.dtype]()

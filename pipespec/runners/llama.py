@@ -1,0 +1,172 @@
+"""The lean runner: Llama, Qwen2, Qwen3 and Mistral checkpoints, without transformers.
+
+Slots of preallocated keys and values around `LlamaModel`. Rollback is a smaller length: what lies
+beyond is never read and is overwritten in time. A prompt is fed in chunks, and only the rows that
+need logits go through the head, which has no rows for ids that must not be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pipespec.errors import PipeSpecError
+from pipespec.runners.architecture import read_architecture
+from pipespec.runners.base import Row, RunnerInfo
+from pipespec.runners.llama_model import KeyValues, LlamaModel
+from pipespec.sampling import draw
+
+CHUNK: Final = 512  # tokens of a prompt in one forward, cut at multiples of it
+
+
+class _Slot:
+    """A cache and how many positions of it hold a prefix."""
+
+    __slots__ = ("cache", "length")
+
+    def __init__(self, cache: KeyValues) -> None:
+        self.cache = cache
+        self.length = 0
+
+
+class LlamaRunner:
+    """Loads the checkpoint in `folder` onto one device.
+
+    name: for messages. dtype: "float32", "bfloat16" or "float16", honoured exactly. device: "cpu"
+    or "cuda:N". vocab_size: how many ids the tokenizer knows; ids from there on are never drawn.
+    context_length: positions of a slot, None for the checkpoint's; at most that. num_slots:
+    requests held at a time, whose memory is taken now. num_threads: of torch, in forwards.
+
+    Raises:
+        UnsupportedCheckpoint: another runner is needed.
+        ModelLoadError: a file that is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        dtype: str,
+        device: str,
+        vocab_size: int,
+        context_length: int | None = None,
+        num_slots: int = 1,
+        num_threads: int = 1,
+    ) -> None:
+        arch = read_architecture(folder)
+        length = min(context_length or arch.context_length, arch.context_length)
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        vocab_size = min(vocab_size, arch.vocab_size)
+        with torch.inference_mode():
+            model = LlamaModel(
+                folder,
+                arch,
+                dtype=torch_dtype,
+                device=torch.device(device),
+                vocab_size=vocab_size,
+                context_length=length,
+                num_threads=num_threads,
+            )
+            self._free = [_Slot(model.new_cache()) for _ in range(num_slots)]
+        self._model: LlamaModel | None = model
+        self._slots: dict[int, _Slot] = {}
+        self._num_embeddings = arch.vocab_size
+        self._info = RunnerInfo(
+            name=name,
+            runner="llama",
+            device=device,
+            dtype=dtype,
+            vocab_size=vocab_size,
+            context_length=length,
+            num_parameters=model.num_parameters,
+            weight_bytes=model.weight_bytes,
+            attention=f"sdpa {str(model.cache_dtype).removeprefix('torch.')}",
+        )
+
+    @property
+    def info(self) -> RunnerInfo:
+        return self._info
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Feeds every row in turn; `result[r]` holds the draws of `rows[r]`.
+
+        Raises:
+            PipeSpecError: a position beyond the context or an id beyond the embedding; nothing was
+                written. Or logits that are not finite.
+        """
+        for row in rows:
+            self._check(row)
+        vocab_size = self._info.vocab_size
+        results = []
+        for row in rows:
+            first = row.start + len(row.ids) - row.num_draws + 1
+            positions = range(first, first + row.num_draws)
+            results.append(draw(self._row_logits(row), positions, row.sampling, vocab_size))
+        return results
+
+    @torch.inference_mode()
+    def logits(self, row: Row) -> Tensor:
+        """Feeds the row and returns what its draws would be made of: [num_draws, vocab_size]
+        float32, on the device."""
+        self._check(row)
+        return self._row_logits(row).float()
+
+    def release(self, slot: int) -> None:
+        freed = self._slots.pop(slot, None)
+        if freed is not None:
+            freed.length = 0
+            self._free.append(freed)
+
+    def close(self) -> None:
+        if self._model is None:
+            return
+        on_gpu = self._model.device.type == "cuda"
+        self._model = None
+        self._slots.clear()
+        self._free.clear()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def _check(self, row: Row) -> None:
+        assert 1 <= row.num_draws <= len(row.ids) and row.start >= 0
+        info = self._info
+        if row.start + len(row.ids) > info.context_length:
+            raise PipeSpecError(
+                f"{info.name}: position {row.start + len(row.ids) - 1} is beyond the context of "
+                f"{info.context_length} tokens; shorten the prompt or --max-new-tokens"
+            )
+        if not 0 <= min(row.ids) <= max(row.ids) < self._num_embeddings:
+            raise PipeSpecError(
+                f"{info.name}: token id {max(row.ids)} is beyond the model's vocabulary of "
+                f"{self._num_embeddings}; the models of a hierarchy must share a tokenizer"
+            )
+
+    def _row_logits(self, row: Row) -> Tensor:
+        """Forwards one checked row. Returns [num_draws, vocab_size] in the model's dtype."""
+        model, slot = self._model, self._slots.get(row.slot)
+        assert model is not None, "the runner is closed"
+        if slot is None:
+            assert self._free, "more live slots than the runner was loaded for"
+            slot = self._slots[row.slot] = self._free.pop()
+        assert row.start <= slot.length, "a gap between what the slot holds and the row"
+        slot.length = row.start
+        end = row.start + len(row.ids)
+        if len(row.ids) <= CHUNK:
+            hidden = model.forward(row.ids, row.start, slot.cache)
+            slot.length = end
+            return model.logits(hidden[-row.num_draws :])
+        wanted: list[Tensor] = []
+        while slot.length < end:
+            start, stop = slot.length, min(end, (slot.length // CHUNK + 1) * CHUNK)
+            ids = row.ids[start - row.start : stop - row.start]
+            hidden = model.forward(ids, start, slot.cache)
+            slot.length = stop
+            if stop > end - row.num_draws:
+                wanted.append(hidden[max(0, end - row.num_draws - start) :])
+        return model.logits(torch.cat(wanted))

@@ -1,0 +1,291 @@
+"""One stage as a process: `python -m pipespec.worker --stage I --run-dir DIR`.
+
+Started by `launcher`, never by hand. It opens its links, pins itself, loads its model, warms it up
+and hands over to the stage loop. It ends with the loop, on SIGTERM, with the error that it reports
+to the launcher in a `Fault`, and by itself when the launcher is gone. What a token, a candidate or
+a verdict means is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import itertools
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+from pipespec.config import SamplingParams
+from pipespec.errors import StageError
+from pipespec.messages import (
+    MAX_TEXT,
+    Connect,
+    Fault,
+    Frame,
+    Heartbeat,
+    Hello,
+    Link,
+    Message,
+    Ready,
+    Shutdown,
+)
+from pipespec.runners.base import ModelRunner, Row
+from pipespec.transport import ZmqTransport
+from pipespec.worker_spec import RunSpec, StageSpec, endpoint_in, read_spec
+
+if TYPE_CHECKING:
+    from pipespec.tokenizer import TextTokenizer
+
+log = logging.getLogger("pipespec.worker")
+
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
+CONNECT_TIMEOUT_S: Final = 60.0
+WATCH_INTERVAL_S: Final = 0.5
+
+
+class StageSession:
+    """One worker's conversation with its launcher, around the stage loop's own."""
+
+    def __init__(self, index: int, run_dir: Path, spec: RunSpec, transport: ZmqTransport[Link]):
+        self.index = index
+        self.spec = spec
+        self.transport = transport
+        self._run_dir = run_dir
+        self._sequence = itertools.count()
+        self._endpoint = ""
+        self.phase = "starting"
+
+    @property
+    def stage(self) -> StageSpec:
+        return self.spec.stages[self.index]
+
+    @property
+    def is_target(self) -> bool:
+        return self.index == len(self.spec.stages) - 1
+
+    def open_links(self) -> None:
+        """Opens the links that need no one else: to the launcher, and for the stage above."""
+        self.transport.connect(Link.LAUNCHER, self.stage.endpoint)
+        if self.index > 0:
+            name = f"{self.index - 1}-{self.index}.{self.stage.incarnation}"
+            endpoint = endpoint_in(self._run_dir, self.spec.transport, name)
+            self._endpoint = self.transport.bind(Link.UP, endpoint)
+
+    def report(self, message: Message) -> bool:
+        """Tells the launcher; False if the link is full."""
+        incarnation = self.stage.incarnation
+        frame = Frame(self.index, incarnation, 1, next(self._sequence), message)
+        return self.transport.send(Link.LAUNCHER, frame)
+
+    def enter(self, phase: str) -> None:
+        """Notes what the stage does now."""
+        self.phase = phase
+        log.info("%s", phase)
+        self.report(Heartbeat(phase=phase, counters={}))
+
+    def say_hello(self, tokenizer_digest: str) -> None:
+        """Introduces the stage and what it understood."""
+        endpoint, digest = self._endpoint, self.spec.digest
+        self.report(Hello(self.index, os.getpid(), digest, tokenizer_digest, endpoint))
+
+    def await_connect(self) -> bool:
+        """Waits for the launcher to say where the next stage listens, and opens that link.
+
+        Returns:
+            False if the launcher said to shut down instead.
+
+        Raises:
+            StageError: nothing came in time.
+        """
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for frame in self.transport.receive_from(Link.LAUNCHER, timeout_s=0.5):
+                if isinstance(frame.message, Shutdown):
+                    return False
+                if isinstance(frame.message, Connect):
+                    if not self.is_target:
+                        self.transport.connect(Link.DOWN, frame.message.endpoint)
+                    return True
+        raise StageError(f"stage {self.index} heard nothing for {CONNECT_TIMEOUT_S:g} s")
+
+
+def load_stage_runner(session: StageSession) -> ModelRunner:
+    """Loads the stage's model where its placement says."""
+    from pipespec.runners.factory import load_runner
+
+    spec, stage = session.spec, session.stage
+    return load_runner(
+        stage.model,
+        stage.placement,
+        None if stage.folder is None else Path(stage.folder),
+        spec.vocab_size,
+        spec.context_length,
+        spec.num_slots,
+    )
+
+
+def load_stage_tokenizer(stage: StageSpec) -> TextTokenizer:
+    """The tokenizer that the stage's model came with."""
+    from pipespec.tokenizer import load_tokenizer
+
+    folder = stage.tokenizer_folder
+    return load_tokenizer(None if folder is None else Path(folder))
+
+
+Serve = Callable[[StageSession], None]
+
+
+def serve_model(session: StageSession) -> None:
+    """Loads the stage's model and serves requests until the launcher says to shut down.
+
+    Raises:
+        ModelLoadError: weights, tokenizer or device are missing or do not fit.
+    """
+    from pipespec.stage import StageLoop
+
+    spec = session.spec
+    started_at = time.monotonic()
+    session.enter("loading")
+    tokenizer = load_stage_tokenizer(session.stage)
+    session.say_hello(tokenizer.digest)
+    runner = load_stage_runner(session)
+    try:
+        session.enter("warming up")
+        warm_up(runner, spec.schedule.run_ahead + 1)
+        if not session.await_connect():
+            return
+        session.report(Ready(time.monotonic() - started_at, describe(runner)))
+        StageLoop(
+            index=session.index,
+            num_stages=len(spec.stages),
+            incarnations=[each.incarnation for each in spec.stages],
+            schedule=spec.schedule,
+            runner=runner,
+            transport=session.transport,
+            decode=tokenizer.decode,
+            num_slots=spec.num_slots,
+        ).run()
+    finally:
+        runner.close()
+
+
+def warm_up(runner: ModelRunner, max_query_length: int) -> None:
+    """One forward of every query length that will be used: kernels are chosen, graphs captured and
+    weights read before the first request is timed."""
+    start = max_query_length
+    most = min(max_query_length, runner.info.context_length - start)
+    for length in (start, *range(1, most + 1)):
+        position = 0 if length == start else start
+        runner.forward([Row(0, position, [0] * length, length, SamplingParams())])
+    runner.release(0)
+
+
+def describe(runner: ModelRunner) -> dict[str, Any]:
+    """What the launcher reports of this process: its runner, its cores, its libraries."""
+    values: dict[str, Any] = asdict(runner.info)
+    values["cores"] = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    values["uses_transformers"] = "transformers" in sys.modules
+    return values
+
+
+def main(arguments: Sequence[str] | None = None, serve: Serve = serve_model) -> int:
+    """Runs one stage; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    _log_to_stderr(options.stage)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the launcher decides
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        spec = read_spec(options.run_dir)
+    except StageError as error:
+        log.error("%s", error)
+        return error.exit_code
+    watch_launcher(spec.launcher_pid, options.run_dir)
+    with ZmqTransport[Link](keys=spec.keys) as transport:
+        session = StageSession(options.stage, options.run_dir, spec, transport)
+        session.open_links()  # before pinning: see transport
+        try:
+            pin(session.stage.placement.cores)
+            serve(session)
+        except Exception as error:
+            log.exception("failed while %s", session.phase)
+            session.report(fault_of(error))
+            return 1
+    return 0
+
+
+def watch_launcher(launcher_pid: int, run_dir: Path, interval_s: float = WATCH_INTERVAL_S) -> None:
+    """Ends this process, whatever it computes, soon after its launcher is gone.
+
+    The launcher can no longer remove the run directory then, so this does.
+    """
+    parent_pid = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent_pid and _is_alive(launcher_pid):
+            time.sleep(interval_s)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Keeps this thread, and those it will start, on `cores`; an empty sequence leaves it free."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:  # a container may forbid it; all that is lost is speed
+        log.warning("cannot pin to cores %s: %s", list(cores), error)
+
+
+def fault_of(error: Exception) -> Fault:
+    """What the launcher is told of an error, within the limits of a message."""
+    trace = "".join(traceback.format_exception(error))
+    return Fault(type(error).__name__, str(error)[:MAX_TEXT], trace[-MAX_TEXT:])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: cleaning up is under way
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def _log_to_stderr(stage: int) -> None:
+    """The launcher keeps stderr as the stage's log."""
+    faulthandler.enable()
+    form = f"%(asctime)s stage {stage} %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipespec.worker",
+        description="One stage of a pipeline, started by its launcher.",
+    )
+    parser.add_argument("--stage", type=int, required=True, help="0 is the first draft")
+    parser.add_argument("--run-dir", type=Path, required=True, help="holds the specification")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""A worker without a model: `pipespec.worker` with another `serve`, for tests of the launcher.
+
+What it does instead is named by its model's path: one of `BEHAVIOURS`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+
+from pipespec.errors import ModelLoadError
+from pipespec.messages import Finish, Frame, Heartbeat, Link, Output, Ready, Shutdown, Stats, Submit
+from pipespec.worker import StageSession, main
+
+DIGEST = "digest of the fake tokenizer"
+
+
+def get_ready(session: StageSession) -> None:
+    session.say_hello(DIGEST)
+    assert session.await_connect()
+    session.report(Ready(0.25, {"environment": dict(os.environ)}))
+
+
+def echo(session: StageSession) -> None:
+    """Serves well: answers every request with its prompt, a `Finish` with `Stats`."""
+    get_ready(session)
+    answer_until_shutdown(session)
+
+
+def answer_until_shutdown(session: StageSession) -> None:
+    while True:
+        for _, frame in session.transport.receive(1.0):
+            message = frame.message
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, Submit):
+                output = Output(message.request, len(message.prompt), message.prompt, "eos")
+                while not session.report(output):
+                    time.sleep(0.01)
+            elif isinstance(message, Finish):
+                session.report(Stats(message.request, {"stage": session.index}))
+        session.report(Heartbeat("serving", {"num_malformed": session.transport.num_malformed}))
+
+
+def speak_for_the_dead(session: StageSession) -> None:
+    """Sends what a former process of the stage, or another stage, would have sent; then serves."""
+    get_ready(session)
+    output = Output(1, 0, (666,), "")
+    for sender, incarnation in ((session.index, 0), (session.index + 1, 1)):
+        session.transport.send(Link.LAUNCHER, Frame(sender, incarnation, 1, 0, output))
+    answer_until_shutdown(session)
+
+
+def raise_unknown_error(session: StageSession) -> None:
+    session.enter("loading")
+    raise RuntimeError("the weights\nare upside down")
+
+
+def raise_load_error(session: StageSession) -> None:
+    session.enter("loading")
+    raise ModelLoadError("no-such-model: not found; is HF_TOKEN set?")
+
+
+def exit_silently(session: StageSession) -> None:
+    session.enter("loading")
+    print("a last word", flush=True)
+    os._exit(7)
+
+
+def load_for_ever(session: StageSession) -> None:
+    session.say_hello(DIGEST)
+    session.enter("loading")
+    time.sleep(600.0)
+
+
+def ignore_every_request_to_end(session: StageSession) -> None:
+    get_ready(session)
+    while True:
+        try:
+            time.sleep(600.0)
+        except SystemExit:
+            continue
+
+
+def answer_and_fail(session: StageSession) -> None:
+    get_ready(session)
+    while not session.transport.receive_from(Link.LAUNCHER, 1.0):
+        pass
+    session.report(Output(1, 0, (1, 2, 3), ""))
+    raise RuntimeError("enough")
+
+
+def understand_something_else(session: StageSession) -> None:
+    session.spec = replace(session.spec, vocab_size=session.spec.vocab_size + 1)
+    get_ready(session)
+
+
+def have_another_tokenizer(session: StageSession) -> None:
+    session.say_hello("digest of another tokenizer")
+    session.await_connect()
+
+
+BEHAVIOURS = {
+    function.__name__: function
+    for function in (
+        echo,
+        speak_for_the_dead,
+        raise_unknown_error,
+        raise_load_error,
+        exit_silently,
+        load_for_ever,
+        ignore_every_request_to_end,
+        answer_and_fail,
+        understand_something_else,
+        have_another_tokenizer,
+    )
+}
+
+
+def serve(session: StageSession) -> None:
+    BEHAVIOURS[session.stage.model.name](session)
+
+
+if __name__ == "__main__":
+    sys.exit(main(serve=serve))

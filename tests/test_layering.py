@@ -1,0 +1,83 @@
+"""Imports go downward only, and the light layers stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "pipespec"
+
+# From the ground up; a module may import its own layer and those before it.
+LAYERS = (
+    ("errors", "config", "hashing", "messages"),
+    ("state", "policy", "metrics", "results", "simulate", "placement", "machine"),
+    ("sampling", "checkpoint", "tokenizer"),
+    ("transport",),
+    ("runners", "data", "demo"),
+    ("stage",),
+    ("worker_spec", "stage_process", "launcher", "worker"),
+    ("decoding",),
+    ("dry_run", "commands", "benchmark", "run_example"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names below `pipespec` that a file imports, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module]
+            if node.module == "pipespec":
+                names = [f"pipespec.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("pipespec.")}
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert names - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    above = {name for name in imports_of(path) if LEVEL.get(name, 0) > LEVEL[own]}
+    assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)} from a higher layer"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["pipespec", "pipespec.state", "pipespec.simulate", "pipespec.results", "pipespec.metrics"]
+    + ["pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.data"]
+    + ["pipespec.placement", "pipespec.tokenizer", "pipespec.benchmark", "pipespec.worker"],
+)
+def test_importing_it_loads_neither_torch_nor_transformers(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_files_stay_readable() -> None:
+    long = {
+        str(path.relative_to(PACKAGE)): count
+        for path in modules()
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 440
+    }
+    assert not long, f"files over about 400 lines: {long}"

@@ -1,0 +1,57 @@
+"""Tiny random checkpoints in transformers' own format, for tests that need a real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def make_tiny(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    vocab_size: int = 128,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "1GB",
+    **config: Any,
+) -> Path:
+    """Writes a random model of the architecture with `save_pretrained` and returns `folder`.
+
+    By default: 2 layers, grouped attention, 64 positions, untied embeddings. `config` overrides
+    what the architecture's configuration class takes. Biases and norm weights are random too, so
+    that none can be forgotten without a difference.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        **config,
+    }
+    made = AutoConfig.for_model(architecture, vocab_size=vocab_size, **values)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(made)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            else:
+                torch.nn.init.normal_(parameter, std=0.15)
+    finally:
+        torch.random.set_rng_state(state)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
