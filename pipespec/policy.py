@@ -53,8 +53,9 @@ class Policy(Protocol):
         """A forward is done."""
         ...
 
-    def on_candidates(self, num_new: int, drafter_stopped: bool, now_s: float) -> None:
-        """A Draft brought `num_new` candidates; nothing follows them if `drafter_stopped`."""
+    def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
+        """A Draft brought so many tokens on the held prefix; nothing follows if
+        `drafter_stopped`."""
         ...
 
 
@@ -73,7 +74,7 @@ class FixedWait:
     def on_step(self, result: StepResult) -> None:
         pass
 
-    def on_candidates(self, num_new: int, drafter_stopped: bool, now_s: float) -> None:
+    def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
         pass
 
 
@@ -108,7 +109,7 @@ class StepTimes:
         return (1 - share) * self._mean_s[below] + share * self._mean_s[above]
 
 
-def expected_tokens(acceptance: float, num_candidates: int) -> float:
+def expected_tokens(acceptance: float, num_candidates: float) -> float:
     """Tokens that a verification of so many candidates emits, the bonus token included:
     (1 - a**(n+1)) / (1 - a). Leviathan et al., arXiv 2211.17192, equation 1."""
     if acceptance >= 1.0:
@@ -116,27 +117,51 @@ def expected_tokens(acceptance: float, num_candidates: int) -> float:
     return (1.0 - math.pow(acceptance, num_candidates + 1)) / (1.0 - acceptance)
 
 
-class AdaptiveWait:
-    """Wait for one more candidate as long as it is worth more than the time it takes.
+def cycle_rate(
+    acceptance: float, draft_s: float, steps: StepTimes, wait: int, most: int, *, overlaps: bool
+) -> float:
+    """Tokens per second from one mismatch to the next, when a verifier waits for `wait` candidates.
 
-    Candidate n + 1 brings a further token with probability acceptance**(n + 1) and costs the time
-    to draft it plus what it adds to the step. Time is worth the tokens per second that the stage
-    reaches on average (renewal-reward: local choices made against the long-run rate maximise that
-    rate). So a verifier waits after a mismatch, by as much as drafts are cheap, and not at all
-    while candidates are at hand. All numbers are running means of what this stage has seen.
+    After a mismatch it waits `wait * draft_s` and verifies. If all is accepted and the next token
+    drafted is the bonus token too (acceptance**(wait + 1)), it goes on with what was drafted
+    meanwhile, at most `most`, and so on until the next mismatch. overlaps: False for a synchronous
+    chain, which drafts nothing meanwhile.
+    """
+    first_s = steps.estimate(wait + 1)
+    assert first_s is not None
+    tokens, seconds = expected_tokens(acceptance, wait), wait * draft_s + first_s
+    if overlaps:
+        # On average, so not a whole number: the bonus token takes the place of one of them.
+        ahead = max(0.0, min(most, first_s / max(draft_s, 1e-9)) - 1.0)
+        next_s = steps.estimate(round(ahead) + 1)
+        assert next_s is not None
+        goes_on = min(acceptance, 0.999)
+        times = goes_on ** (wait + 1) / (1.0 - goes_on ** (ahead + 1))
+        tokens += times * expected_tokens(acceptance, ahead)
+        seconds += times * next_s
+    return tokens / seconds
+
+
+class AdaptiveWait:
+    """After a mismatch, wait for as many candidates as maximise tokens per second.
+
+    None are waited for once so many are at hand. Acceptance, the time to draft a token and step
+    times are running means of what this stage has seen. overlaps: the stage above drafts on while
+    this one verifies (False: a synchronous chain, whose waits end by themselves).
     """
 
-    def __init__(self, max_candidates: int, patience_s: float | None = 1.0) -> None:
+    def __init__(self, max_candidates: int, *, overlaps: bool = True, patience_s: float = 1.0):
         self._max_candidates = max_candidates
+        self._overlaps = overlaps
         self._patience_s = patience_s
         self._steps = StepTimes()
         self._num_scored = 8.0  # a prior of acceptance 0.7, worth eight tokens
         self._num_accepted = 5.6
-        self._num_tokens = 0.0  # decayed, like the seconds in which they came
-        self._seconds = 0.0
-        self._last_end_s: float | None = None
-        self._draft_s: float | None = None
+        self._num_drafted = 0.0  # decayed, like the seconds in which they arrived
+        self._drafting_s = 0.0
         self._drafting_since_s: float | None = None
+        self._num_steps = 0
+        self._wanted = min(4, max_candidates)  # until something is measured; never far off
         self.batch = 1
 
     @property
@@ -145,46 +170,32 @@ class AdaptiveWait:
         return self._num_accepted / self._num_scored
 
     def wait(self, situation: Situation) -> tuple[int, float | None]:
-        most = max(0, min(self._max_candidates, situation.num_useful))
-        step_s = self._steps.estimate(1)
-        if step_s is None:  # nothing measured yet: a few candidates are never far off
-            return min(4, most), self._patience_s
-        draft_s = self._draft_s if self._draft_s is not None else step_s / 8
-        wanted = situation.num_candidates
-        while wanted < most and self._is_worth_waiting(wanted, draft_s):
-            wanted += 1
-        if self._patience_s is None:
+        wanted = max(0, min(self._wanted, situation.num_useful))
+        if not self._overlaps:
             return wanted, None
         missing = max(0, wanted - situation.num_candidates)
-        return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * draft_s)
+        return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_s())
 
-    def _is_worth_waiting(self, num_candidates: int, draft_s: float) -> bool:
-        shorter_s = self._steps.estimate(num_candidates + 1)
-        longer_s = self._steps.estimate(num_candidates + 2)
-        assert shorter_s is not None and longer_s is not None
-        cost_s = draft_s + max(0.0, longer_s - shorter_s)
-        return math.pow(self.acceptance, num_candidates + 1) > self._rate(draft_s) * cost_s
-
-    def _rate(self, draft_s: float) -> float:
-        """Tokens per second, long-run; before there is one, that of a wait for four."""
-        if self._seconds > 0.0:
-            return self._num_tokens / self._seconds
-        step_s = self._steps.estimate(5)
-        assert step_s is not None
-        return expected_tokens(self.acceptance, 4) / (4 * draft_s + step_s)
+    def _draft_s(self) -> float:
+        if self._num_drafted:
+            return self._drafting_s / self._num_drafted
+        return (self._steps.estimate(1) or 0.1) / 8
 
     def on_step(self, result: StepResult) -> None:
-        last_end_s, self._last_end_s = self._last_end_s, result.end_s
         if result.is_prefill:
             return
         self._steps.observe(result.query_length, result.seconds)
         # About 5 % of a step's time may go into sends; a slow draft sends every token at once.
         self.batch = max(1, min(4, round(SEND_COST_S / (0.05 * max(result.seconds, 1e-6)))))
-        if last_end_s is not None:
-            self._num_tokens = self._num_tokens * 0.97 + result.num_emitted
-            self._seconds = self._seconds * 0.97 + result.end_s - last_end_s
         if result.num_offered and result.num_emitted:
             self._observe_acceptance(result)
+        self._num_steps += 1
+        if self._num_steps % 4 == 0 and self._max_candidates:
+            self._wanted = max(range(self._max_candidates + 1), key=self._rate)
+
+    def _rate(self, wait: int) -> float:
+        args = (self.acceptance, self._draft_s(), self._steps, wait, self._max_candidates)
+        return cycle_rate(*args, overlaps=self._overlaps)
 
     def _observe_acceptance(self, result: StepResult) -> None:
         num_accepted = min(result.num_offered, result.num_emitted - 1)
@@ -196,23 +207,22 @@ class AdaptiveWait:
         if num_accepted < result.num_offered:
             self._drafting_since_s = result.end_s  # from the correction token, a moment later
 
-    def on_candidates(self, num_new: int, drafter_stopped: bool, now_s: float) -> None:
-        if num_new and self._drafting_since_s is not None:
-            sample_s = (now_s - self._drafting_since_s) / num_new
-            mean_s = self._draft_s if self._draft_s is not None else sample_s
-            self._draft_s = mean_s + 0.1 * (sample_s - mean_s)
+    def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
+        if num_tokens and self._drafting_since_s is not None:
+            decay = math.exp2(-num_tokens / 64.0)
+            self._num_drafted = self._num_drafted * decay + num_tokens
+            self._drafting_s = self._drafting_s * decay + now_s - self._drafting_since_s
         # A drafter that stopped is idle for an unknown part of the time until the next draft.
         self._drafting_since_s = None if drafter_stopped else now_s
 
 
-def make_policy(schedule: Schedule, *, is_first: bool, synchronous: bool = False) -> Policy:
-    """The policy of one stage. synchronous: of `chain`, where every wait ends by itself, because
-    the stage above drafts until it can no more."""
-    patience_s = None if synchronous else 1.0
+def make_policy(schedule: Schedule, *, is_first: bool, overlaps: bool = True) -> Policy:
+    """The policy of one stage; overlaps: False for `chain`."""
+    patience_s = 1.0 if overlaps else None
     if schedule.policy == "pipespec":
         return FixedWait(schedule.lookahead or 0, patience_s)
-    if schedule.lookahead is not None and not is_first:
+    if is_first:
+        return AdaptiveWait(0) if overlaps else FixedWait(0, None)
+    if schedule.lookahead is not None:
         return FixedWait(schedule.lookahead, patience_s)
-    if synchronous and is_first:
-        return FixedWait(0, None)
-    return AdaptiveWait(schedule.run_ahead, patience_s)
+    return AdaptiveWait(schedule.run_ahead, overlaps=overlaps)

@@ -95,7 +95,8 @@ def gumbel_noise(seed: int, stream: int, positions: Tensor, token_ids: Tensor) -
     positions, token_ids: same device; 0 <= position < 2**63, 0 <= token id < 2**32. An element is
     a function of (seed, stream, position, token id) and of nothing else.
     """
-    token_ids, positions = torch.broadcast_tensors(token_ids, positions)
+    shape = torch.broadcast_shapes(token_ids.shape, positions.shape)
+    token_ids, positions = token_ids.expand(shape), positions.expand(shape)
     words = _philox_words(seed, stream, positions, token_ids >> 1)
     odd = (token_ids & 1).bool()
     return _gumbel(torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1]))
@@ -173,8 +174,8 @@ def _noise_of_all(seed: int, stream: int, positions: Tensor, num_tokens: int) ->
     Half the work: one generator block serves an even token and the odd one after it.
     """
     blocks = torch.arange((num_tokens + 1) // 2, device=positions.device)
-    blocks, positions = torch.broadcast_tensors(blocks, positions)
-    words = _philox_words(seed, stream, positions, blocks)
+    shape = (len(positions), len(blocks))
+    words = _philox_words(seed, stream, positions.expand(shape), blocks.expand(shape))
     noise = _gumbel(words[0::2], words[1::2])  # [2, n, blocks]: even tokens, odd tokens
     return noise.movedim(0, -1).flatten(1)[:, :num_tokens]
 
@@ -182,9 +183,7 @@ def _noise_of_all(seed: int, stream: int, positions: Tensor, num_tokens: int) ->
 def _philox_words(seed: int, stream: int, positions: Tensor, blocks: Tensor) -> Tensor:
     """The generator's four words for each (position, block of two tokens): [4, ...] int64."""
     streams = torch.full_like(blocks, stream)
-    return philox_4x32(
-        torch.stack((blocks, positions & _MASK32, positions >> 32, streams)), seed
-    )
+    return philox_4x32(torch.stack((blocks, positions & _MASK32, positions >> 32, streams)), seed)
 
 
 def _gumbel(high: Tensor, low: Tensor) -> Tensor:

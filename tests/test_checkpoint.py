@@ -185,7 +185,10 @@ def test_a_gated_model_names_itself_and_the_token(
         (http_error(hub_errors.HfHubHTTPError, 401), "does not accept the token in HF_TOKEN"),
         (http_error(hub_errors.HfHubHTTPError, 418), "HTTP status 418"),
         (http_error(hub_errors.HfHubHTTPError, 503), "cannot be downloaded"),
-        (hub_errors.OfflineModeIsEnabled("offline\nmode"), "cannot be downloaded (offline mode)"),
+        (
+            hub_errors.OfflineModeIsEnabled("offline\nmode"),
+            "cannot be downloaded (HF_HUB_OFFLINE is set)",
+        ),
         (ConnectionError(), "cannot be downloaded (ConnectionError)"),
     ],
 )

@@ -201,7 +201,12 @@ def _within(limit_s: float, work: Callable[[], T]) -> T:
 
 def _why(name: str, error: Exception) -> str:
     """One line for a failed download: what is wrong and what to do."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     page = f"https://huggingface.co/{name}"
     if isinstance(error, GatedRepoError):
@@ -220,6 +225,8 @@ def _why(name: str, error: Exception) -> str:
     if status is not None and status < 500:
         return f"{name}: the hub refuses it (HTTP status {status}); see {page}"
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        reason = "HF_HUB_OFFLINE is set"
     return (
         f"{name} is not in the Hugging Face cache and cannot be downloaded ({reason[:120]}); "
         "connect to the network (a gated model also needs HF_TOKEN), copy the cache from where it "

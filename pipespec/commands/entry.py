@@ -37,7 +37,7 @@ def run_command(body: Callable[[], int]) -> int:
         _report("interrupted", error)
         return EXIT_INTERRUPTED
     except SystemExit as error:
-        if getattr(error, "__notes__", ()):
+        if isinstance(error.code, int) and error.code > 128:
             _report("stopped by a signal", error)
         raise
     except BrokenPipeError:

@@ -98,7 +98,7 @@ def is_small(models: tuple[ModelConfig, ...]) -> bool:
     """Whether all models are shipped with PipeSpec or emulated: nothing to download, and limits
     that suit them."""
     return all(
-        model.path.startswith(SHIPPED_PREFIX) or model.runner == "emulated" for model in models
+        model.path.startswith(SHIPPED_PREFIX) or model.emulated is not None for model in models
     )
 
 

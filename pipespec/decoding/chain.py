@@ -52,7 +52,7 @@ class ChainSpeculativeDecoder:
         self._states = [
             StageState(
                 Role(i, num_stages, ahead, ahead, context_length=runner.info.context_length),
-                make_policy(schedule, is_first=i == 0, synchronous=True),
+                make_policy(schedule, is_first=i == 0, overlaps=False),
                 [1] * num_stages,
                 decode=hierarchy.tokenizer.decode,
             )

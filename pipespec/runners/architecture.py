@@ -89,7 +89,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _parse(config: Mapping[str, Any]) -> Architecture:
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     _demand(kind in _CLASSES, f"model_type {kind!r} is not served by the lean runner")
     classes = config.get("architectures") or [_CLASSES[kind]]
     _demand(classes == [_CLASSES[kind]], f"architectures {classes} is not {_CLASSES[kind]}")
@@ -124,7 +124,7 @@ def _parse(config: Mapping[str, Any]) -> Architecture:
         output_bias=biased,
         mlp_bias=bool(config.get("mlp_bias", False)) and kind == "llama",
         qk_norm=kind == "qwen3",
-        windows=_windows(config, str(kind), num_layers),
+        windows=_windows(config, kind, num_layers),
     )
 
 

@@ -133,14 +133,14 @@ def make_linear(weight: Tensor, bias: Tensor | None, num_threads: int) -> Linear
 
 def _can_pack(weight: Tensor) -> bool:
     """Whether this torch build and this processor have oneDNN kernels for the weight's dtype."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+    onednn: Any = torch.ops.mkldnn
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    supported = {
-        torch.float32: lambda: True,
-        torch.bfloat16: lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        torch.float16: lambda: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-    }
-    return weight.dtype in supported and supported[weight.dtype]()
+    if not all(hasattr(onednn, name) for name in names):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(onednn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float16:
+        return bool(onednn._is_mkldnn_fp16_supported())
+    return weight.dtype == torch.float32

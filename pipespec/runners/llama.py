@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import read_architecture
 from pipespec.runners.base import Row, RunnerInfo
 from pipespec.runners.llama_model import KeyValues, LlamaModel
+from pipespec.runners.rows import CHUNK, check_row, chunks, draw_positions
 from pipespec.sampling import draw
-
-CHUNK: Final = 512  # tokens of a prompt in one forward, cut at multiples of it
 
 
 class _Slot:
@@ -101,20 +98,17 @@ class LlamaRunner:
                 written. Or logits that are not finite.
         """
         for row in rows:
-            self._check(row)
-        vocab_size = self._info.vocab_size
-        results = []
-        for row in rows:
-            first = row.start + len(row.ids) - row.num_draws + 1
-            positions = range(first, first + row.num_draws)
-            results.append(draw(self._row_logits(row), positions, row.sampling, vocab_size))
-        return results
+            check_row(row, self._info, self._num_embeddings)
+        size = self._info.vocab_size
+        return [
+            draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
+        ]
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:
         """Feeds the row and returns what its draws would be made of: [num_draws, vocab_size]
         float32, on the device."""
-        self._check(row)
+        check_row(row, self._info, self._num_embeddings)
         return self._row_logits(row).float()
 
     def release(self, slot: int) -> None:
@@ -133,20 +127,6 @@ class LlamaRunner:
         if on_gpu:
             torch.cuda.empty_cache()
 
-    def _check(self, row: Row) -> None:
-        assert 1 <= row.num_draws <= len(row.ids) and row.start >= 0
-        info = self._info
-        if row.start + len(row.ids) > info.context_length:
-            raise PipeSpecError(
-                f"{info.name}: position {row.start + len(row.ids) - 1} is beyond the context of "
-                f"{info.context_length} tokens; shorten the prompt or --max-new-tokens"
-            )
-        if not 0 <= min(row.ids) <= max(row.ids) < self._num_embeddings:
-            raise PipeSpecError(
-                f"{info.name}: token id {max(row.ids)} is beyond the model's vocabulary of "
-                f"{self._num_embeddings}; the models of a hierarchy must share a tokenizer"
-            )
-
     def _row_logits(self, row: Row) -> Tensor:
         """Forwards one checked row. Returns [num_draws, vocab_size] in the model's dtype."""
         model, slot = self._model, self._slots.get(row.slot)
@@ -162,8 +142,7 @@ class LlamaRunner:
             slot.length = end
             return model.logits(hidden[-row.num_draws :])
         wanted: list[Tensor] = []
-        while slot.length < end:
-            start, stop = slot.length, min(end, (slot.length // CHUNK + 1) * CHUNK)
+        for start, stop in chunks(row.start, len(row.ids)):
             ids = row.ids[start - row.start : stop - row.start]
             hidden = model.forward(ids, start, slot.cache)
             slot.length = stop

@@ -78,11 +78,11 @@ class Workspace:
         self.qkv = torch.empty(rows, width * dim, dtype=torch.float32, device=device)
         heads = self.qkv.view(rows, width, dim)
         self.query_key = heads[:, :num_rotated]
-        self.rotated = torch.view_as_complex(self.query_key.unflatten(2, (dim // 2, 2)))
-        self.new = heads[:, arch.num_heads :].unflatten(1, (2, kv_heads)).permute(1, 2, 0, 3)
+        self.rotated = torch.view_as_complex(self.query_key.view(rows, num_rotated, dim // 2, 2))
+        self.new = heads[:, arch.num_heads :].view(rows, 2, kv_heads, dim).permute(1, 2, 0, 3)
         query = heads[:, : arch.num_heads]
         if self.folded:
-            self._source = query.unflatten(1, (kv_heads, self.group)).permute(1, 0, 2, 3)
+            self._source = query.view(rows, kv_heads, self.group, dim).permute(1, 0, 2, 3)
         else:
             self._source = query.transpose(0, 1)
         self._target: Tensor | None = None
@@ -103,7 +103,9 @@ class Workspace:
     def merged(self, attended: Tensor) -> Tensor:
         """Attention's result as [rows, num_heads * head_dim]."""
         if self.folded:
-            attended = attended[0].unflatten(1, (self.rows, self.group)).permute(1, 0, 2, 3)
+            kv_heads, _, dim = attended.shape[1:]
+            grouped = attended.view(kv_heads, self.rows, self.group, dim)
+            attended = grouped.permute(1, 0, 2, 3)
         else:
             attended = attended.transpose(1, 2)
         return attended.reshape(self.rows, -1)

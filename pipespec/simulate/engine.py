@@ -272,14 +272,18 @@ class Simulation:
         decision = process.state.decide(self._now_s)
         if decision.step is None:
             if decision.wake_at_s is not None:
-                self._at(decision.wake_at_s - self._now_s, self._waker(index))
+                self._at_time(decision.wake_at_s, self._waker(index))
             return
         step = process.step = decision.step
         kv = process.kv.setdefault(step.request, [])
         if self._verify:
             checks.check_step(process.state.requests[step.request], step, kv)
         kv[step.start :] = step.ids
-        process.draws = _draw(process.oracle, step, kv)
+        if self._verify:
+            prefix = hash_tokens(kv[: step.base])  # of what the cache really holds, right or wrong
+        else:
+            prefix = process.state.requests[step.request].hashes[step.base]
+        process.draws = _draw(process.oracle, prefix, kv[step.base :])
         process.step_start_s = self._now_s
         step_s = self._random_s(self.stages[index].step_s(len(step.ids)))
         self._at(step_s, lambda: self._finish_step(index, process))
@@ -378,11 +382,10 @@ class Simulation:
         return tick
 
 
-def _draw(oracle: Oracle, step: Step, kv: Sequence[int]) -> list[int]:
-    """The model's choices on what its cache really holds, right or wrong."""
-    prefix = hash_tokens(kv[: step.base])
+def _draw(oracle: Oracle, prefix: int, candidates: Sequence[int]) -> list[int]:
+    """The model's choice after the prefix with this hash and after each candidate."""
     draws = [oracle.draw(prefix)]
-    for token in kv[step.base :]:
+    for token in candidates:
         prefix = extend(prefix, token)
         draws.append(oracle.draw(prefix))
     return draws

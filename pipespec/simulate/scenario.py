@@ -90,7 +90,7 @@ class Scenario:
 
         def policy() -> Policy:
             if self.adaptive and index:
-                return AdaptiveWait(above, patience_s=20.0)
+                return AdaptiveWait(above, overlaps=timed, patience_s=20.0)
             return FixedWait(self.wait[index], 20.0 if timed else None, self.batch)
 
         return SimStage(

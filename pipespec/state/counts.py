@@ -33,6 +33,7 @@ class Counts:
     num_stale_drafts: int = 0
     num_rolled_back: int = 0
     num_rollbacks: int = 0
+    num_past_end: int = 0  # own tokens beyond the last verdict when the request finished
     num_discarded_steps: int = 0
     num_dropped_verdicts: int = 0
     num_overflows: int = 0

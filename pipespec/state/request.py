@@ -159,17 +159,18 @@ class RequestState:
 
     # -- events -----------------------------------------------------------------------------
 
-    def on_draft(self, draft: Draft) -> None:
-        """Tokens that may follow. Nothing is sent: what they lead to is seen at the next step."""
+    def on_draft(self, draft: Draft) -> bool:
+        """Tokens that may follow; False if they follow a prefix that is not held here. Nothing is
+        sent: what they lead to is seen at the next step."""
         start, known = draft.start, len(self.seq) + len(self.cands)
         if start > known or self.hash_at(start) != draft.parent:
             self.counts.num_stale_drafts += len(draft.tokens)
-            return
+            return False
         for position, token in enumerate(draft.tokens, start):
             ahead = position - len(self.seq)
             if ahead < 0:
                 if self.seq[position] != token:
-                    return  # the verdict that says so is on its way already
+                    return True  # the verdict that says so is on its way already
             elif ahead == len(self.cands):
                 self.cands.append(token)
             elif self.cands[ahead] != token:
@@ -179,6 +180,7 @@ class RequestState:
         if len(self.cands) > self.role.max_candidates:
             self.counts.num_overflows += 1
             del self.cands[self.role.max_candidates :]
+        return True
 
     def on_verdict(self, verdict: Verdict) -> list[Outgoing]:
         """The next stage's own tokens from `start` on; ours follow them."""

@@ -182,10 +182,9 @@ class StageState:
             self.num_unknown += 1
             return [(Link.UP, Finish(draft.request))] if draft.request in self._gone else []
         self._last_draft_s[draft.request] = now_s
-        num_before = len(request.cands)
-        request.on_draft(draft)
-        num_new = max(0, len(request.cands) - num_before)
-        self.policy.on_candidates(num_new, request.drafter_stopped, now_s)
+        is_usable = request.on_draft(draft)
+        num_tokens = len(draft.tokens) if is_usable else 0
+        self.policy.on_draft(num_tokens, request.drafter_stopped, now_s)
         return []
 
     def _on_finish(self, message: Finish | Abort) -> list[Outgoing]:
@@ -196,6 +195,7 @@ class StageState:
         self._gone[message.request] = None
         while len(self._gone) > NUM_REMEMBERED:
             self._gone.popitem(last=False)
+        request.counts.num_past_end = 0 if self.role.is_last else len(request.seq) - request.acked
         stats = Stats(message.request, request.counts.to_values())
         upwards: list[Outgoing] = [] if self.role.is_first else [(Link.UP, message)]
         return [*upwards, (Link.LAUNCHER, stats)]

@@ -1,0 +1,131 @@
+"""Which runner serves a model, and one-line errors for what goes wrong while it loads.
+
+"runner": "auto" takes the lean runner where it serves the checkpoint exactly, on one device and
+unquantized, and transformers otherwise. Torch is imported only for real models, transformers only
+by the `hf` runner.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from pipespec.config import ModelConfig
+from pipespec.errors import ModelLoadError
+from pipespec.placement import StagePlacement
+from pipespec.runners.base import ModelRunner
+
+log = logging.getLogger(__name__)
+
+
+def load_runner(
+    model: ModelConfig,
+    placement: StagePlacement,
+    folder: Path | None,
+    vocab_size: int,
+    context_length: int | None = None,
+    num_slots: int = 1,
+) -> ModelRunner:
+    """Loads `model` where `placement` says.
+
+    folder: its checkpoint; None for an emulated model. vocab_size: how many ids the tokenizer
+    knows; none from there on is drawn. context_length: positions a slot must hold, None for the
+    checkpoint's. num_slots: requests held at a time.
+
+    Raises:
+        ModelLoadError: weights or device that are missing or do not fit, naming the model.
+        ConfigError: an "emulated" object that is wrong.
+    """
+    if model.emulated is not None:
+        from pipespec.runners.emulated import EmulatedRunner
+
+        return EmulatedRunner(
+            model.emulated, name=model.name, vocab_size=vocab_size, context_length=context_length
+        )
+    assert folder is not None, "a model that is not emulated has a folder"
+    if placement.device != "cpu":
+        _require_cuda(model, placement)
+    try:
+        return _load(model, placement, folder, vocab_size, context_length, num_slots)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ModelLoadError(
+            f"{model.name} does not fit on {placement.device} in {model.dtype}; use a smaller "
+            'model, "quantize", or more devices'
+        ) from error
+
+
+def _load(
+    model: ModelConfig,
+    placement: StagePlacement,
+    folder: Path,
+    vocab_size: int,
+    context_length: int | None,
+    num_slots: int,
+) -> ModelRunner:
+    obstacle = _why_not_lean(model, placement)
+    if model.runner == "llama" and obstacle:
+        raise ModelLoadError(f'{model.name}: "runner": "llama" cannot do {obstacle}; use "hf"')
+    if model.runner in ("auto", "llama") and not obstacle:
+        from pipespec.runners.architecture import UnsupportedCheckpoint
+        from pipespec.runners.llama import LlamaRunner
+
+        try:
+            return LlamaRunner(
+                folder,
+                name=model.name,
+                dtype=model.dtype,
+                device=placement.device,
+                vocab_size=vocab_size,
+                context_length=context_length,
+                num_slots=num_slots,
+                num_threads=placement.threads,
+            )
+        except UnsupportedCheckpoint as error:
+            if model.runner == "llama":
+                raise
+            log.info("%s: the hf runner serves it: %s", model.name, error)
+    from pipespec.runners.hf import HfRunner
+
+    return HfRunner(
+        folder,
+        name=model.name,
+        dtype=model.dtype,
+        device=placement.device,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        quantize=model.quantize,
+        max_memory_gib=placement.max_memory_gib,
+    )
+
+
+def _why_not_lean(model: ModelConfig, placement: StagePlacement) -> str:
+    if model.quantize is not None:
+        return f'"quantize": "{model.quantize}"'
+    return "several devices" if placement.device == "auto" else ""
+
+
+def _require_cuda(model: ModelConfig, placement: StagePlacement) -> None:
+    import torch
+
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if placement.device == "auto":
+        needed = len(placement.visible_devices)
+    else:
+        needed = int(placement.device.partition(":")[2] or 0) + 1
+    if visible < needed:
+        raise ModelLoadError(
+            f"{model.name} is to run on {placement.device}, but torch sees "
+            f"{visible or 'no'} CUDA device{'' if visible == 1 else 's'} here; "
+            'change "devices" in the models config or install a CUDA build of torch'
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; on the CPU torch raises a RuntimeError like any other."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

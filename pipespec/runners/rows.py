@@ -1,0 +1,53 @@
+"""What runners of real models do with a row before and after its forward."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final
+
+from pipespec.errors import PipeSpecError
+from pipespec.runners.base import Row, RunnerInfo
+
+CHUNK: Final = 512  # tokens of a prompt in one forward, cut at multiples of it
+
+
+def check_row(row: Row, info: RunnerInfo, num_embeddings: int) -> None:
+    """Whether the model can take the row; call it before anything is written.
+
+    num_embeddings: ids that the model has an embedding for.
+
+    Raises:
+        PipeSpecError: a position beyond the context, or an id beyond the embedding.
+    """
+    assert 1 <= row.num_draws <= len(row.ids) and row.start >= 0
+    end = row.start + len(row.ids)
+    if end > info.context_length:
+        raise PipeSpecError(
+            f"{info.name}: position {end - 1} is beyond the context of {info.context_length} "
+            "tokens; shorten the prompt or --max-new-tokens"
+        )
+    for unknown in (min(row.ids), max(row.ids)):
+        if not 0 <= unknown < num_embeddings:
+            raise PipeSpecError(
+                f"{info.name}: token id {unknown} is outside its vocabulary of {num_embeddings}; "
+                "the models of a hierarchy must share a tokenizer"
+            )
+
+
+def draw_positions(row: Row) -> range:
+    """The positions of the tokens that the row's draws choose."""
+    end = row.start + len(row.ids)
+    return range(end - row.num_draws + 1, end + 1)
+
+
+def chunks(start: int, count: int) -> list[tuple[int, int]]:
+    """Cuts positions `start` to `start + count` into pieces (start, stop) of at most `CHUNK`.
+
+    What fits in one piece stays whole; else cuts are at absolute multiples of `CHUNK`, so that a
+    prompt is computed alike wherever its feeding began.
+    """
+    end = start + count
+    if count <= CHUNK:
+        return [(start, end)]
+    cuts = [start, *range((start // CHUNK + 1) * CHUNK, end, CHUNK), end]
+    return list(pairwise(cuts))
