@@ -71,9 +71,9 @@ class TeacherPlan:
     """
 
     top: int = 32
-    num_short_windows: int = 6144
-    num_long_windows: int = 768
-    num_generated_windows: int = 1280
+    num_short_windows: int = 4096
+    num_long_windows: int = 640
+    num_generated_windows: int = 1024
     prompt_length: int = 48
     batch_size: int = 128
     temperature: float = 0.8
@@ -82,22 +82,22 @@ class TeacherPlan:
 
 TARGET = ModelPlan(
     ModelShape("target-5M", 256, 5, 640, 64),
-    (Phase("text", 2600, 256), Phase("long text", 500, 1024)),
+    (Phase("text", 1700, 256), Phase("long text", 400, 1024)),
 )
 MIDDLE = ModelPlan(
     ModelShape("middle-2M", 192, 3, 512, 64),
     (
-        Phase("text", 500, 256),
-        Phase("distillation", 1100, 256, from_target=True),
-        Phase("long distillation", 150, 1024, from_target=True),
+        Phase("text", 350, 256),
+        Phase("distillation", 800, 256, from_target=True),
+        Phase("long distillation", 120, 1024, from_target=True),
     ),
 )
 DRAFT = ModelPlan(
     ModelShape("draft-0.5M", 96, 2, 128, 32),
     (
-        Phase("text", 700, 256),
-        Phase("distillation", 1900, 256, from_target=True),
-        Phase("long distillation", 250, 1024, from_target=True),
+        Phase("text", 600, 256),
+        Phase("distillation", 1500, 256, from_target=True),
+        Phase("long distillation", 200, 1024, from_target=True),
     ),
 )
 

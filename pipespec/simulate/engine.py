@@ -36,6 +36,7 @@ from pipespec.state.stage import StageState
 
 MAX_EVENTS = 200_000
 TICK_S = 2.0
+STALL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,11 @@ class SimStage:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong. Loss, duplication and reordering are probabilities a frame."""
+    """What goes wrong. Stalls, loss, duplication and reordering are probabilities a frame; a stall
+    holds back what follows on the link too, so that it may outlive a restart of either end."""
 
     num_crashes: int = 0
+    stalls: float = 0.0
     loss: float = 0.0
     duplication: float = 0.0
     reordering: float = 0.0
@@ -204,6 +207,8 @@ class Simulation:
         reordered = self._faults.reordering and self._rng.random() < self._faults.reordering
         channel = (source, target, item.frame.incarnation)
         when_s = self._now_s + self._random_s(self._latency_s)
+        if self._faults.stalls and self._rng.random() < self._faults.stalls:
+            when_s += self._random_s(STALL_S)
         if not reordered:
             when_s = self._in_order_s(channel, when_s)
         self._at_time(when_s, lambda: self._arrive(target, item))

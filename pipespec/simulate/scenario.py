@@ -14,10 +14,10 @@ from pipespec.state.request import Role
 
 VOCAB_SIZE = 4  # few tokens: wrong branches meet right ones by chance, again and again
 RELIABLE = Faults()
-CRASHES = Faults(num_crashes=4)
+CRASHES = Faults(num_crashes=4, stalls=0.04)
 LOSSY = Faults(loss=0.04, duplication=0.04, reordering=0.05)
-EVERYTHING = Faults(num_crashes=3, loss=0.03, duplication=0.03, reordering=0.04)
-UNEQUAL = Faults(num_crashes=4, unequal_target=True)
+EVERYTHING = Faults(num_crashes=3, stalls=0.02, loss=0.03, duplication=0.03, reordering=0.04)
+UNEQUAL = Faults(num_crashes=4, stalls=0.04, unequal_target=True)
 
 
 @dataclass(frozen=True, slots=True)
