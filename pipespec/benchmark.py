@@ -32,7 +32,7 @@ from pipespec.commands.runs import (
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.commands.tables import TableRow, summary_table
 from pipespec.config import STRATEGIES
-from pipespec.errors import DataError
+from pipespec.errors import DataError, UsageError
 from pipespec.results import OutputPlan, load_results, metadata_differences
 
 
@@ -78,6 +78,8 @@ def make_parser() -> Parser:
 
 def _benchmark(options: Namespace) -> int:
     configure_logging(options.verbose)
+    if options.force and options.resume:
+        raise UsageError("--force and --resume contradict each other; pass one of them")
     settings = read_settings(options)
     display = Display(make_console())
     if options.dry_run:
@@ -132,7 +134,8 @@ def _stored_greedy(
         return ()
     if metadata_differences(stored.metadata, wanted):
         return ()
-    display.line(f"note: compared with the greedy run in {path}")
+    when, host = stored.metadata.get("started_at"), stored.metadata.get("host")
+    display.line(f"note: compared with greedy of {when} on {host}, in {path}")
     return stored.results
 
 
@@ -150,15 +153,27 @@ def _show_results(
         rows.append(
             TableRow(run.strategy, results, greedy, frozenset(d.sample_index for d in differing))
         )
-    models = " > ".join(model.name for model in settings.models)
-    title = (
-        f"{models}, {inputs.dataset.name}: {len(inputs.prompts)} samples, "
-        f"at most {settings.generation.max_new_tokens} new tokens"
-    )
     display.line("")
-    display.console.print(summary_table(title, rows))
+    display.line(_title(settings, inputs))
+    display.line("")
+    display.console.print(summary_table(rows, display.console.width))
+    display.line("")
     for run in runs:
         display.line(str(run.path))
+
+
+def _title(settings: Settings, inputs: Inputs) -> str:
+    """What the table is of."""
+    generation = settings.generation
+    models = settings.models[-1:] if settings.strategies == ("greedy",) else settings.models
+    parts = [
+        " > ".join(model.name for model in models),
+        f"{inputs.dataset.name}: {len(inputs.prompts)} samples",
+        f"at most {generation.max_new_tokens} new tokens",
+    ]
+    if not generation.sampling.is_greedy:
+        parts.append(f"temperature {generation.sampling.temperature:g}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

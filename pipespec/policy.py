@@ -191,7 +191,9 @@ class AdaptiveWait:
             self._observe_acceptance(result)
         self._num_steps += 1
         if self._num_steps % 4 == 0 and self._max_candidates:
-            self._wanted = max(range(self._max_candidates + 1), key=self._rate)
+            # A chain that waits for none never drafts, and would never learn that it should.
+            least = 0 if self._overlaps else 1
+            self._wanted = max(range(least, self._max_candidates + 1), key=self._rate)
 
     def _rate(self, wait: int) -> float:
         args = (self.acceptance, self._draft_s(), self._steps, wait, self._max_candidates)

@@ -1,4 +1,7 @@
-"""`python -m pipespec.run_example`: writes one sample's text to the terminal as it is generated."""
+"""`python -m pipespec.run_example`: writes one sample's text to the terminal as it is generated.
+
+Standard output gets the prompt and the text, stderr everything else.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pipespec.commands.arguments import (
     add_input_arguments,
 )
 from pipespec.commands.display import Display, make_console
-from pipespec.commands.entry import configure_logging, run_command
+from pipespec.commands.entry import configure_logging, library_errors, run_command
 from pipespec.commands.inputs import Prompt, check_length, read_inputs
 from pipespec.commands.settings import (
     DEFAULT_READY_TIMEOUT_S,
@@ -56,22 +59,26 @@ def make_parser() -> Parser:
 def _run_example(options: Namespace) -> int:
     configure_logging(options.verbose)
     settings = read_settings(options)
-    hierarchy, prompt = _read_prompt(options, settings)
-    display = Display(make_console())
+    display = Display(make_console(stderr=True))
+    hierarchy, prompt = _read_prompt(options, settings, display)
     (strategy,) = settings.strategies
     with contextlib.ExitStack() as models:
+        models.enter_context(library_errors(strategy))
         with display.loading(strategy, settings.models) as on_progress:
             decoder = open_decoder(strategy, hierarchy, settings, on_progress)
             models.callback(decoder.close)
-        display.console.print(prompt.text, style="dim", end="", markup=False, soft_wrap=True)
+        make_console().print(prompt.text, style="dim", end="", markup=False, soft_wrap=True)
         output = decoder.generate(prompt.ids, settings.generation, _write)
-    display.line("\n")
+        _write("\n")
+    display.line("")
     display.line(describe(strategy, output))
     return 0
 
 
-def _read_prompt(options: Namespace, settings: Settings) -> tuple[Hierarchy, Prompt]:
-    """The user's own text, else a sample of the data set.
+def _read_prompt(
+    options: Namespace, settings: Settings, display: Display
+) -> tuple[Hierarchy, Prompt]:
+    """The user's own text, else a sample of the data set, with notes on it.
 
     Raises:
         UsageError: there is no such sample, or it does not fit.
@@ -92,6 +99,8 @@ def _read_prompt(options: Namespace, settings: Settings) -> tuple[Hierarchy, Pro
             f"--sample-index is {index}, but {inputs.dataset.source} has only "
             f"{len(inputs.prompts)} samples"
         )
+    for warning in inputs.warnings:
+        display.line(f"note: {warning}")
     return inputs.hierarchy, inputs.prompts[index]
 
 

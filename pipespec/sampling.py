@@ -49,6 +49,7 @@ def draw(
     Raises:
         PipeSpecError: a row without a finite maximum (NaN, +inf, or -inf everywhere).
     """
+    assert len(positions) == len(logits)
     if logits.shape[-1] > vocab_size:
         logits = logits[:, :vocab_size]
     highest, ids = logits.max(dim=-1)  # the first of equal maxima, like argmax but faster
@@ -95,8 +96,7 @@ def gumbel_noise(seed: int, stream: int, positions: Tensor, token_ids: Tensor) -
     positions, token_ids: same device; 0 <= position < 2**63, 0 <= token id < 2**32. An element is
     a function of (seed, stream, position, token id) and of nothing else.
     """
-    shape = torch.broadcast_shapes(token_ids.shape, positions.shape)
-    token_ids, positions = token_ids.expand(shape), positions.expand(shape)
+    token_ids, positions = torch.broadcast_tensors(token_ids, positions)  # type: ignore[no-untyped-call]
     words = _philox_words(seed, stream, positions, token_ids >> 1)
     odd = (token_ids & 1).bool()
     return _gumbel(torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1]))
@@ -162,7 +162,8 @@ def _nucleus(scaled: Tensor, params: SamplingParams) -> Tensor:
     ids = probs.topk(num_possible, dim=-1, sorted=False).indices.sort(dim=-1).values
     probs, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     before = probs.cumsum(dim=-1).sub_(probs)
-    inside = before < params.top_p
+    # A row has tokens that are not possible here only because another row has more that are.
+    inside = (before < params.top_p).logical_and_(possible.gather(1, ids).gather(1, order))
     inside[:, 0] = True
     keep = torch.zeros_like(scaled, dtype=torch.bool)
     return keep.scatter_(1, ids.gather(1, order), inside)

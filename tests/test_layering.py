@@ -59,12 +59,15 @@ def test_imports_go_downward(path: Path) -> None:
     assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)} from a higher layer"
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["pipespec", "pipespec.state", "pipespec.simulate", "pipespec.results", "pipespec.metrics"]
-    + ["pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.data"]
-    + ["pipespec.placement", "pipespec.tokenizer", "pipespec.benchmark", "pipespec.worker"],
+LIGHT = (
+    *("pipespec", "pipespec.state", "pipespec.simulate", "pipespec.results", "pipespec.metrics"),
+    *("pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.worker"),
+    *("pipespec.placement", "pipespec.checkpoint", "pipespec.tokenizer", "pipespec.data"),
+    *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
 )
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_importing_it_loads_neither_torch_nor_transformers(module: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'}"
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
@@ -78,6 +81,6 @@ def test_files_stay_readable() -> None:
     long = {
         str(path.relative_to(PACKAGE)): count
         for path in modules()
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 440
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 420
     }
     assert not long, f"files over about 400 lines: {long}"

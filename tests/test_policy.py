@@ -9,6 +9,7 @@ from pipespec.policy import (
     AdaptiveWait,
     FixedWait,
     Situation,
+    StepResult,
     StepTimes,
     cycle_rate,
     expected_tokens,
@@ -69,6 +70,14 @@ def test_a_synchronous_chain_drafts_more_than_an_overlapping_one_waits_for() -> 
 
 def test_nothing_is_waited_for_beyond_what_is_useful() -> None:
     assert AdaptiveWait(16).wait(Situation(0, 2, 0.0))[0] == 2
+
+
+def test_a_synchronous_chain_that_meets_bad_drafts_still_drafts_one_token() -> None:
+    policy = AdaptiveWait(8, overlaps=False)
+    for step in range(40):
+        policy.on_draft(1, True, step + 0.5)  # as slow as a verification, and always wrong
+        policy.on_step(StepResult(2, 1, 1, False, 0.5, step + 1.0))
+    assert policy.wait(Situation(0, 8, 41.0)) == (1, None)
 
 
 def tokens_per_step_time(

@@ -25,10 +25,12 @@ LOADING_LINE_EVERY_S: Final = 30.0
 PLAIN_WIDTH: Final = 100
 
 
-def make_console() -> Console:
-    """Standard output; where that is a file or a pipe, wide enough for the table."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+def make_console(*, stderr: bool = False) -> Console:
+    """Standard output, or stderr; where that is a file or a pipe, wide enough for the table."""
+    console = Console(highlight=False, stderr=stderr)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 class SampleProgress:
@@ -47,7 +49,7 @@ class SampleProgress:
         """A piece of the sample in progress."""
         self._num_characters += len(piece)
         if time.monotonic() - self._shown_at > self._every_s:
-            self._redraw(f"{self._speed()}, {self._num_characters:,} characters of the next")
+            self._redraw(f"{self._num_characters:,} characters of the next")
 
     def on_sample(self, num_tokens: int, seconds: float) -> None:
         """A sample is done."""
@@ -56,13 +58,11 @@ class SampleProgress:
         self._seconds += seconds
         self._num_characters = 0
         if time.monotonic() - self._shown_at > self._every_s:
-            self._redraw(self._speed())
+            self._redraw()
 
-    def _speed(self) -> str:
-        return f"{self._num_tokens / self._seconds if self._seconds else 0.0:,.1f} tokens/s"
-
-    def _redraw(self, note: str) -> None:
-        self._show(self._num_done, note)
+    def _redraw(self, *notes: str) -> None:
+        speed = [f"{self._num_tokens / self._seconds:,.1f} tokens/s"] if self._seconds else []
+        self._show(self._num_done, ", ".join([*speed, *notes]))
         self._shown_at = time.monotonic()
 
 

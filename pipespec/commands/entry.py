@@ -5,18 +5,22 @@ Notes on an exception (`add_note`) say what was kept; they follow its message on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from rich.console import Console
 
 from pipespec.errors import PipeSpecError, StageError
 from pipespec.launcher import install_signal_handlers
 
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141
+_TAIL_LINES: Final = 20
 
 
 def run_command(body: Callable[[], int]) -> int:
@@ -44,6 +48,26 @@ def run_command(body: Callable[[], int]) -> int:
         # Whoever read our output has left; nothing must be written at interpreter exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """What a library raises in this process (a device out of memory, say) is reported as a stage
+    reports it from its own: one line that says `what` failed, and the last lines of the traceback.
+
+    Raises:
+        StageError: instead of what was raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        reason = " ".join(str(error).split())[:200] or "no message"
+        raise StageError(
+            f"{what} failed: {type(error).__name__}: {reason}", tuple(lines[-_TAIL_LINES:])
+        ) from error
 
 
 def configure_logging(verbose: bool) -> None:

@@ -51,7 +51,10 @@ def read_inputs(settings: Settings, num_samples: int | None) -> Inputs:
     hierarchy = open_models(settings)
     if dataset is None:
         dataset = _load(settings, num_samples)
-    return Inputs(hierarchy, dataset, read_prompts(dataset, hierarchy))
+    prompts = read_prompts(dataset, hierarchy)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    limit = longest + settings.generation.max_new_tokens
+    return Inputs(hierarchy.limited_to(limit), dataset, prompts)
 
 
 def read_prompts(dataset: Dataset, hierarchy: Hierarchy) -> tuple[Prompt, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,12 +13,12 @@ from time import perf_counter
 from typing import Any, Final
 
 from pipespec.commands.display import Display, SampleProgress
+from pipespec.commands.entry import library_errors
 from pipespec.commands.equality import Divergence, first_divergence, with_margins
 from pipespec.commands.inputs import Inputs, Prompt
 from pipespec.commands.settings import AnyDecoder, Settings, open_decoder
 from pipespec.config import GenerationParams
-from pipespec.decoding import AsyncChainSpeculativeDecoder, Generation
-from pipespec.errors import StageError
+from pipespec.decoding import AsyncChainSpeculativeDecoder
 from pipespec.metrics import StageCounts, sample_metrics
 from pipespec.results import (
     OutputPlan,
@@ -34,7 +33,6 @@ from pipespec.results import (
 
 Result = Mapping[str, Any]
 WARM_UP_TOKENS: Final = 16
-_TAIL_LINES: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ def describe_run(
         generation_prompt=settings.generation_prompt,
         runner=settings.runner,
         environment=describe_environment(),
-        started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+        started_at=_now(),
     )
     return output_dir / file_name, metadata
 
@@ -105,7 +103,10 @@ def run_strategy(
         PipeSpecError: with a note on what was kept, like anything else that ends the run early.
     """
     with contextlib.ExitStack() as models:
-        with display.loading(run.strategy, settings.models) as on_progress:
+        with (
+            library_errors(f"{run.strategy}, while its models were loaded,"),
+            display.loading(run.strategy, settings.models) as on_progress,
+        ):
             decoder = open_decoder(run.strategy, inputs.hierarchy, settings, on_progress)
             models.callback(decoder.close)
             _warm_up(decoder, inputs.prompts[0], settings.generation)
@@ -159,7 +160,7 @@ def effective_schedule(metadata: Mapping[str, Any], results: Sequence[Result]) -
 def _warm_up(decoder: AnyDecoder, prompt: Prompt, generation: GenerationParams) -> None:
     """What happens only once (first calls, first measurements of a policy) is not timed."""
     limit = min(WARM_UP_TOKENS, generation.max_new_tokens)
-    _guarded(decoder, prompt, replace(generation, max_new_tokens=limit), None)
+    decoder.generate(prompt.ids, replace(generation, max_new_tokens=limit))
 
 
 def _generate(
@@ -167,7 +168,8 @@ def _generate(
 ) -> dict[str, Any]:
     """One sample, as an item of `results`."""
     started_s = perf_counter()
-    output = _guarded(decoder, prompt, generation, progress)
+    with library_errors(f"{decoder.strategy}, on sample {prompt.index},"):
+        output = decoder.generate(prompt.ids, generation, progress.on_text)
     progress.on_sample(len(output.token_ids), output.total_time_s)
     times_s = [at_s for at_s, _ in output.arrivals]
     metrics = sample_metrics(
@@ -192,32 +194,11 @@ def _generate(
     )
 
 
-def _guarded(
-    decoder: AnyDecoder,
-    prompt: Prompt,
-    generation: GenerationParams,
-    progress: SampleProgress | None,
-) -> Generation:
-    """`generate`; what a library raises in this process (a device out of memory, say) is reported
-    as a stage of its own process would report it."""
-    try:
-        return decoder.generate(
-            prompt.ids, generation, None if progress is None else progress.on_text
-        )
-    except (RuntimeError, MemoryError) as error:
-        lines = traceback.format_exception(error)
-        tail = tuple("".join(lines).splitlines()[-_TAIL_LINES:])
-        reason = " ".join(str(error).split())[:200] or "no message"
-        raise StageError(
-            f"{decoder.strategy} failed on sample {prompt.index}: {type(error).__name__}: {reason}",
-            tail,
-        ) from error
-
-
 @contextlib.contextmanager
 def _writer(run: Run, num_samples: int) -> Iterator[ResultWriter]:
     """The run's file; whatever ends the run early takes along a note on what is kept."""
-    writer = ResultWriter(run.path, run.metadata, resume=run.plan is OutputPlan.RESUME)
+    metadata = {**run.metadata, "started_at": _now()}
+    writer = ResultWriter(run.path, metadata, resume=run.plan is OutputPlan.RESUME)
     try:
         with writer:
             yield writer
@@ -258,6 +239,11 @@ def _record_differences(
     writer.update_metadata(
         greedy_comparison={"num_compared": num_compared, "num_different": len(divergences)}
     )
+
+
+def _now() -> str:
+    """ISO 8601, with the offset from UTC."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _pids(decoder: AnyDecoder) -> list[int]:

@@ -13,6 +13,7 @@ from pipespec.metrics import Summary, speed_up, summarise
 
 Result = Mapping[str, Any]
 NOTHING = "-"
+ROOMY_WIDTH = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,25 @@ class TableRow:
         if self.strategy == "greedy" or not num_matched:
             return NOTHING
         if self.differing:
-            return f"no ({num_matched - len(self.differing)} of {num_matched})"
+            return f"no, {num_matched - len(self.differing)}/{num_matched}"
         return "yes"
 
 
-def summary_table(title: str, rows: Sequence[TableRow]) -> Table:
-    """Strategies as rows. With three models or more, acceptance and block efficiency have one value
-    a pair, the target's last."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def summary_table(rows: Sequence[TableRow], width: int) -> Table:
+    """Strategies as rows; up to three models fit into a `width` of 80 columns. With three models or
+    more, acceptance and block efficiency have one value a pair, the target's last."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1 if width >= ROOMY_WIDTH else 0, 0, 0),
+    )
     table.add_column("strategy", no_wrap=True)
-    for header in (
-        "tokens/s", "ms/token", "time to\nfirst token", "speed-up", "acceptance\nrate",
-        "block\nefficiency", "same text\nas greedy",
-    ):  # fmt: skip
+    for header in ("tokens/s", "ms/token", "time to\nfirst\ntoken", "speed-up"):
         table.add_column(header, justify="right", no_wrap=True)
+    for header in ("acceptance\nrate", "block\nefficiency"):
+        table.add_column(header, justify="right")
+    table.add_column("same text\nas greedy", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row.cells())
     return table

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipespec.checkpoint import CheckpointShape, eos_token_ids, locate
+from pipespec.checkpoint import (
+    CheckpointShape,
+    eos_token_ids,
+    locate,
+    locate_cached,
+    locate_tokenizer,
+)
 from pipespec.config import ModelConfig
 from pipespec.errors import ConfigError
 from pipespec.placement import Machine, StagePlacement, in_process, place, this_machine
+from pipespec.runners.emulated import parse_emulation
 from pipespec.tokenizer import TextTokenizer, check_same_tokenizer, load_tokenizer
 
 
@@ -21,12 +28,14 @@ from pipespec.tokenizer import TextTokenizer, check_same_tokenizer, load_tokeniz
 class Hierarchy:
     """The models of a run, smallest draft first, target last, ready to be loaded.
 
-    context_length: positions the target can hold. vocab_size: ids that may be drawn, the
+    folders, tokenizer_folders: where each model's files are, None where there are none.
+    context_length: positions that a request may take. vocab_size: ids that may be drawn, the
     tokenizer's; wider logits are padding. eos: the target's end-of-text ids.
     """
 
     models: tuple[ModelConfig, ...]
     folders: tuple[Path | None, ...]
+    tokenizer_folders: tuple[Path | None, ...]
     placements: tuple[StagePlacement, ...]
     machine: Machine
     tokenizer: TextTokenizer
@@ -37,16 +46,18 @@ class Hierarchy:
     @property
     def target_only(self) -> Hierarchy:
         """The same target where it stood, without drafts: what `greedy` loads."""
-        return Hierarchy(
-            self.models[-1:],
-            self.folders[-1:],
-            self.placements[-1:],
-            self.machine,
-            self.tokenizer,
-            self.vocab_size,
-            self.context_length,
-            self.eos,
+        return replace(
+            self,
+            models=self.models[-1:],
+            folders=self.folders[-1:],
+            tokenizer_folders=self.tokenizer_folders[-1:],
+            placements=self.placements[-1:],
         )
+
+    def limited_to(self, num_positions: int) -> Hierarchy:
+        """The same for requests that take at most so many positions, prompt and output together:
+        keys and values are allocated for no more."""
+        return replace(self, context_length=min(self.context_length, num_positions))
 
     def in_process(self, index: int) -> StagePlacement:
         """Where stage `index` goes in a process that sees the whole machine."""
@@ -68,30 +79,50 @@ def open_hierarchy(
     if not models:
         raise ConfigError("a hierarchy needs at least one model")
     machine = this_machine(os.environ)
-    placements = place(models, machine)
+    place(models, machine)  # a missing device is said before anything is downloaded
     used = tuple(models[-1:]) if target_only else tuple(models)
     folders = tuple(None if m.emulated is not None else locate(m.path, base) for m in used)
-    tokenizers = [
-        load_tokenizer(locate(model.tokenizer, base) if model.tokenizer else folder)
+    tokenizer_folders = tuple(
+        folder if model.tokenizer is None else locate_tokenizer(model.tokenizer, base)
         for model, folder in zip(used, folders, strict=True)
-    ]
+    )
+    tokenizers = [load_tokenizer(folder) for folder in tokenizer_folders]
     check_same_tokenizer([(m.name, t) for m, t in zip(used, tokenizers, strict=True)])
-    target, folder, tokenizer = used[-1], folders[-1], tokenizers[-1]
-    if folder is None:
-        emulated = target.emulated or {}
-        vocab_size = int(emulated.get("vocab_size", tokenizer.num_ids))
-        context_length, eos = int(emulated.get("context_length", 1 << 17)), tokenizer.eos_ids
-    else:
-        vocab_size = tokenizer.num_ids
-        context_length = CheckpointShape.read(folder).context_length
-        eos = eos_token_ids(folder)
+    tokenizer = tokenizers[-1]
+    vocab_size, context_length, eos = _limits(used[-1], folders[-1], tokenizer)
     return Hierarchy(
         models=used,
         folders=folders,
-        placements=tuple(placements[-len(used) :]),
+        tokenizer_folders=tokenizer_folders,
+        placements=place(models, machine, _weights_gib(models, base))[-len(used) :],
         machine=machine,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context_length=context_length,
         eos=eos,
     )
+
+
+def _limits(
+    target: ModelConfig, folder: Path | None, tokenizer: TextTokenizer
+) -> tuple[int, int, tuple[int, ...]]:
+    """Ids that may be drawn, positions, end-of-text ids."""
+    if folder is not None:
+        context_length = CheckpointShape.read(folder).context_length
+        return tokenizer.num_ids, context_length, eos_token_ids(folder)
+    emulation = parse_emulation(target.emulated or {}, target.name)
+    vocab_size = min(tokenizer.num_ids, emulation.vocab_size)
+    return vocab_size, emulation.context_length, (emulation.eos_token_id,)
+
+
+def _weights_gib(models: Sequence[ModelConfig], base: Path | None) -> list[float] | None:
+    """The size of every model's weights, or None: a draft of `target_only` may not be here."""
+    sizes = []
+    for model in models:
+        folder = None if model.emulated is not None else locate_cached(model.path, base)
+        if folder is None and model.emulated is None:
+            return None
+        shape = None if folder is None else CheckpointShape.read(folder)
+        num_bytes = 0 if shape is None else shape.weight_bytes(model.dtype, model.quantize)
+        sizes.append(num_bytes / (1 << 30))
+    return sizes

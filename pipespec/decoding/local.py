@@ -28,6 +28,7 @@ def load_runners(hierarchy: Hierarchy) -> list[ModelRunner]:
                     hierarchy.in_process(index),
                     hierarchy.folders[index],
                     hierarchy.vocab_size,
+                    hierarchy.context_length,
                 )
             )
             warm_up(runners[-1])

@@ -83,7 +83,7 @@ def read_architecture(folder: Path) -> Architecture:
         return _parse(config)
     except UnsupportedCheckpoint as error:
         raise UnsupportedCheckpoint(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UnsupportedCheckpoint(f"{path}: {detail}") from error
 

@@ -24,16 +24,19 @@ Sampling parameters change nothing here. No torch.
 from __future__ import annotations
 
 import math
+import re
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from pipespec.errors import ConfigError, PipeSpecError
+from pipespec.errors import ConfigError
 from pipespec.hashing import ROOT, extend, hash_tokens
 from pipespec.runners.base import Row, RunnerInfo
+from pipespec.runners.rows import check_row
 
+_NUM_IDS: Final = 1 << 31  # a prompt may hold any id, whatever ids are drawn
 _MAX_OVERSLEEP_S: Final = 1e-3
 _TARGET_STREAM: Final = 1
 _AGREE_STREAM: Final = 2
@@ -47,7 +50,7 @@ class Emulation:
     step_ms: tuple[tuple[int, float], ...]
     prefill_ms_per_token: float = 0.0
     agreement: float | None = None
-    vocab_size: int = 1 << 31
+    vocab_size: int = _NUM_IDS
     context_length: int = 1 << 17
     seed: int = 0
     eos_after: int | None = None
@@ -82,11 +85,11 @@ def parse_emulation(values: Mapping[str, Any], name: str) -> Emulation:
     for key, whole, low, high in (
         ("prefill_ms_per_token", False, 0, 1e6),
         ("agreement", False, 0, 1),
-        ("vocab_size", True, 3, 1 << 31),
+        ("vocab_size", True, 3, _NUM_IDS),
         ("context_length", True, 1, 1 << 40),
         ("seed", True, 0, (1 << 63) - 1),
         ("eos_after", True, 1, 1 << 40),
-        ("eos_token_id", True, 0, (1 << 31) - 1),
+        ("eos_token_id", True, 0, _NUM_IDS - 1),
     ):
         value = values.get(key)
         if value is None:
@@ -108,7 +111,7 @@ def _step_ms(table: object, name: str) -> tuple[tuple[int, float], ...]:
     entries = []
     for key, value in table.items():
         text = str(key)
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
+        if not re.fullmatch("[1-9][0-9]{0,8}", text):
             raise ConfigError(f"{problem}; {key!r} is not a number of tokens")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{problem}; {value!r} is not a number of milliseconds")
@@ -207,13 +210,7 @@ class EmulatedRunner:
         deadline_s = time.perf_counter()
         deadline_s += self._emulation.forward_s(sum(len(row.ids) for row in rows))
         for row in rows:
-            assert 1 <= row.num_draws <= len(row.ids) and row.start >= 0
-            if row.start + len(row.ids) > self._info.context_length:
-                raise PipeSpecError(
-                    f"{self._info.name}: position {row.start + len(row.ids) - 1} is beyond the "
-                    f"context of {self._info.context_length} tokens; shorten the prompt or "
-                    "--max-new-tokens"
-                )
+            check_row(row, self._info, _NUM_IDS)
         results = [self._draws(row) for row in rows]
         self._sleep_until(deadline_s)
         return results

@@ -45,15 +45,14 @@ def load_runner(
     assert folder is not None, "a model that is not emulated has a folder"
     if placement.device != "cpu":
         _require_cuda(model, placement)
-    try:
+    from pipespec.runners.memory import out_of_memory_as
+
+    message = (
+        f"{model.name} does not fit on {placement.device} in {model.dtype}; use a smaller model, "
+        '"quantize", or more devices'
+    )
+    with out_of_memory_as(ModelLoadError, message):
         return _load(model, placement, folder, vocab_size, context_length, num_slots)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise ModelLoadError(
-            f"{model.name} does not fit on {placement.device} in {model.dtype}; use a smaller "
-            'model, "quantize", or more devices'
-        ) from error
 
 
 def _load(
@@ -84,7 +83,7 @@ def _load(
             )
         except UnsupportedCheckpoint as error:
             if model.runner == "llama":
-                raise
+                raise ModelLoadError(f'{model.name}: {error}; use "runner": "hf"') from error
             log.info("%s: the hf runner serves it: %s", model.name, error)
     from pipespec.runners.hf import HfRunner
 
@@ -120,12 +119,3 @@ def _require_cuda(model: ModelConfig, placement: StagePlacement) -> None:
             f"{visible or 'no'} CUDA device{'' if visible == 1 else 's'} here; "
             'change "devices" in the models config or install a CUDA build of torch'
         )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; on the CPU torch raises a RuntimeError like any other."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -17,9 +17,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from pipespec.errors import ModelLoadError
+from pipespec.errors import ModelLoadError, PipeSpecError
 from pipespec.runners.base import Row, RunnerInfo
-from pipespec.runners.rows import check_row, chunks, draw_positions
+from pipespec.runners.memory import is_out_of_memory, out_of_memory_as
+from pipespec.runners.rows import check_row, chunks, draw_positions, no_room
 from pipespec.sampling import draw
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _NO_LIMIT: Final = 1 << 17  # for models whose config names no largest position
 _ATTENTION_LAYERS: Final = ("full_attention", "sliding_attention", "chunked_attention")
+_LOAD_ERRORS: Final = (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError)
 
 
 class HfRunner:
@@ -56,7 +58,7 @@ class HfRunner:
     ) -> None:
         options = _load_options(name, getattr(torch, dtype), device, quantize, max_memory_gib or {})
         model = _load(folder, name, options)
-        _check_rollback(name, model)
+        _check_rollback(folder, name, model)
         config = model.config.get_text_config()
         limit = next((getattr(config, k) for k in _CONTEXT_KEYS if getattr(config, k, 0)), None)
         length = min(context_length or limit or _NO_LIMIT, limit or _NO_LIMIT)
@@ -93,9 +95,10 @@ class HfRunner:
         for row in rows:
             check_row(row, self._info, self._num_embeddings)
         size = self._info.vocab_size
-        return [
-            draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
-        ]
+        with out_of_memory_as(PipeSpecError, no_room(self._info)):
+            return [
+                draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
+            ]
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:
@@ -151,7 +154,12 @@ def _load_options(
     max_memory_gib: Mapping[str, float],
 ) -> dict[str, Any]:
     """The arguments of `from_pretrained`."""
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "trust_remote_code": False,  # else transformers may ask on the terminal, and wait
+        "ignore_mismatched_sizes": True,  # told by `_load`, with the tensor's name
+    }
     if device == "auto":
         options["device_map"] = "auto"
         if max_memory_gib:
@@ -163,6 +171,10 @@ def _load_options(
         options["device_map"] = {"": device}
     if quantize is None:
         return options
+    if device == "cpu":
+        raise ModelLoadError(
+            f'{name}: "quantize": "{quantize}" needs a GPU; remove the key or change "devices"'
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelLoadError(
             f'{name}: "quantize": "{quantize}" needs bitsandbytes, which is not installed; '
@@ -181,17 +193,27 @@ def _load_options(
 
 
 def _load(folder: Path, name: str, options: dict[str, Any]) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (*_LOAD_ERRORS, SafetensorError, StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise ModelLoadError(f"{name}: transformers cannot load {folder}: {reason}") from error
+    for tensor, has, wanted in sorted(loaded["mismatched_keys"]):
+        raise ModelLoadError(
+            f"{name}: the tensor {tensor} in {folder} has the shape {tuple(has)}; config.json "
+            f"implies {tuple(wanted)}"
+        )
     missing = sorted(loaded["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -204,10 +226,33 @@ def _load(folder: Path, name: str, options: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def _check_rollback(name: str, model: Any) -> None:
-    """Recurrent state cannot be cut back to a length, which is all that verification asks for."""
+def _check_rollback(folder: Path, name: str, model: Any) -> None:
+    """Verification cuts what a model remembers back to a length; recurrent state cannot be cut, and
+    some models remember nothing. Known kinds are told by name, any other by trying."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     other = sorted({kind for kind in types if kind not in _ATTENTION_LAYERS})
     if model._is_stateful or other:
         what = f"layers of type {', '.join(other)}" if other else "recurrent layers"
-        raise ModelLoadError(f"{name} has {what}; PipeSpec serves attention-only models")
+    elif not _can_roll_back(model):
+        what = "no key-value cache of transformers' usual kind"
+    else:
+        return
+    raise ModelLoadError(
+        f"{name}: the {model.config.model_type} model in {folder} has {what}; PipeSpec serves "
+        "models with attention only, whose cache can be cut back to any length"
+    )
+
+
+@torch.inference_mode()
+def _can_roll_back(model: Any) -> bool:
+    """Whether the model fills a cache that it is handed, and the cache can be cut."""
+    from transformers import DynamicCache
+
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    cache: Any = DynamicCache()
+    ids = torch.zeros(1, 3, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    filled = cache.get_seq_length()
+    cache.crop(-2)
+    return (filled, cache.get_seq_length()) == (3, 1)

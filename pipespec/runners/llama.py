@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import read_architecture
 from pipespec.runners.base import Row, RunnerInfo
 from pipespec.runners.llama_model import KeyValues, LlamaModel
-from pipespec.runners.rows import CHUNK, check_row, chunks, draw_positions
+from pipespec.runners.memory import out_of_memory_as
+from pipespec.runners.rows import CHUNK, check_row, chunks, draw_positions, no_room
 from pipespec.sampling import draw
 
 
@@ -100,9 +102,10 @@ class LlamaRunner:
         for row in rows:
             check_row(row, self._info, self._num_embeddings)
         size = self._info.vocab_size
-        return [
-            draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
-        ]
+        with out_of_memory_as(PipeSpecError, no_room(self._info)):
+            return [
+                draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
+            ]
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:

@@ -12,6 +12,7 @@ oneDNN call per head and block). The module knows no request, slot or token choi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ class LlamaModel:
         self._eps = torch.tensor(arch.hidden_size * arch.norm_eps, device=device)
         self._head_eps = torch.tensor(arch.head_dim * arch.norm_eps, device=device)
         self._spaces: dict[int, Workspace] = {}
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[int | None, Tensor] = {}  # by window
         with open_checkpoint(folder) as checkpoint:
             loader = _Loader(checkpoint, arch, dtype, device, num_threads)
             self.embedding, self.head = loader.embedding_and_head(vocab_size)
@@ -213,14 +214,21 @@ class LlamaModel:
         repeats = self.arch.num_heads // self.arch.num_kv_heads if folded else 1
         if rows > MAX_SHORT:
             return self._new_mask(rows, end, window, repeats), False
-        # Counted from the last column, a mask is the same at every position: cut what is needed
-        # from a table that doubles when the text outgrows it.
-        table = self._masks.get((rows, window))
-        if table is None or table.shape[1] < end:
-            width = min(self._context_length, 1 << max(8, end.bit_length()))
-            table = self._new_mask(rows, width, window, repeats)
-            self._masks[rows, window] = table
-        return table[:, table.shape[1] - end :], False
+        table = self._mask_table(rows, end, window, repeats)
+        mask = table[table.shape[0] - rows * repeats :, table.shape[1] - end :]
+        # Kernels on a GPU may want a mask that starts at an aligned address.
+        return mask.contiguous() if self.device.type == "cuda" else mask, False
+
+    def _mask_table(self, rows: int, end: int, window: int | None, repeats: int) -> Tensor:
+        """A mask of at least `rows` and `end` columns, from which smaller ones are cut: counted
+        from the last row and column all are alike. It doubles when a text or query outgrows it."""
+        table = self._masks.get(window)
+        height, width = (0, 0) if table is None else (table.shape[0] // repeats, table.shape[1])
+        if table is None or height < rows or width < end:
+            width = min(self._context_length, _power_of_two(max(256, width, end)))
+            height = min(width, _power_of_two(max(16, height, rows)))
+            table = self._masks[window] = self._new_mask(height, width, window, repeats)
+        return table
 
     def _new_mask(self, rows: int, width: int, window: int | None, repeats: int) -> Tensor:
         """[rows * repeats, width], 0 or -inf: row r stands at column width - rows + r."""
@@ -231,6 +239,10 @@ class LlamaModel:
             hidden |= columns <= at - window
         mask = torch.zeros(rows, width, dtype=self.cache_dtype, device=self.device)
         return mask.masked_fill_(hidden, -torch.inf).repeat_interleave(repeats, dim=0)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
 
 
 def rotations(rope: Rope, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
@@ -313,7 +325,7 @@ class _Loader:
         width = width or self._arch.hidden_size
         weight = self._read(name, width).float().to(self._device)
         self.weight_bytes += weight.nbytes
-        return weight * width**0.5
+        return weight * math.sqrt(width)
 
     def _fused(
         self, prefix: str, parts: Sequence[tuple[str, int]], num_inputs: int, biased: bool

@@ -83,8 +83,9 @@ class RequestState:
 
     __slots__ = (
         "acked", "cands", "check_finish", "context_is_short", "counts", "drafter_stopped", "eos",
-        "finish_reason", "hashes", "intact", "kv_valid", "limit", "num_verdicts_sent", "prompt_len", "request",
-        "role", "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
+        "finish_reason", "hashes", "intact", "kv_valid", "limit", "num_verdicts_sent",
+        "prompt_len", "request", "role", "sent", "seq", "step", "submit", "verdict_seen",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
