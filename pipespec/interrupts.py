@@ -41,8 +41,8 @@ def hold_interrupts() -> Iterator[None]:
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
-    for number in arrived:
-        signal.raise_signal(number)
+        for came in arrived:
+            signal.raise_signal(came)
 
 
 @contextlib.contextmanager

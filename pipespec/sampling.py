@@ -36,6 +36,7 @@ _MASK32: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS: Final = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS: Final = 10
+_NUCLEUS_GUESS: Final = 256  # tokens that hold top_p of most distributions
 
 
 def draw(
@@ -132,7 +133,7 @@ def philox_4x32(counter: Tensor, seed: int) -> Tensor:
 
 def _scale(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
     """(logits - highest) / T in float64: 0 for the most likely token, at any T."""
-    return logits.double().sub_(highest.double().unsqueeze(1)).div_(temperature)
+    return (logits - highest.double().unsqueeze(1)).div_(temperature)
 
 
 def _survivors(scaled: Tensor, params: SamplingParams) -> Tensor | None:
@@ -145,26 +146,30 @@ def _survivors(scaled: Tensor, params: SamplingParams) -> Tensor | None:
         kth = scaled.topk(params.top_k, dim=-1).values[:, -1:]
         keep = scaled >= kth  # all that equal the k-th: no tie is broken by a sort's whim
     if params.top_p < 1.0:
-        keep = _nucleus(scaled if keep is None else scaled.masked_fill(~keep, -math.inf), params)
+        keep = _nucleus(
+            scaled if keep is None else scaled.masked_fill(~keep, -math.inf), params.top_p
+        )
     if params.min_p > 0.0:
         likely = scaled >= math.log(params.min_p)
         keep = likely if keep is None else keep.logical_and_(likely)
     return keep
 
 
-def _nucleus(scaled: Tensor, params: SamplingParams) -> Tensor:
+def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     """The smallest set of most likely tokens that reaches top_p; among equals, lower ids first."""
     probs = torch.softmax(scaled, dim=-1)
-    # All tokens with probability <= t together weigh at most vocab * t. Where that is less than
-    # 1 - top_p they come after the nucleus, so only the few above need sorting.
-    possible = probs * probs.shape[1] >= 1.0 - params.top_p
-    num_possible = max(1, int(possible.sum(dim=-1).max()))
-    ids = probs.topk(num_possible, dim=-1, sorted=False).indices.sort(dim=-1).values
-    probs, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    before = probs.cumsum(dim=-1).sub_(probs)
-    # A row has tokens that are not possible here only because another row has more that are.
-    inside = (before < params.top_p).logical_and_(possible.gather(1, ids).gather(1, order))
-    inside[:, 0] = True
+    vocab_size, num_top = probs.shape[1], _NUCLEUS_GUESS
+    while True:
+        num_top = min(num_top, vocab_size)
+        top, ids = probs.topk(num_top, dim=-1)
+        inside = (top.cumsum(dim=-1).sub_(top) < top_p).logical_and_(top > 0.0)
+        # Sorting the whole vocabulary is slow, and needed only where a nucleus may reach beyond
+        # the tokens looked at: to others as likely as the last of them.
+        if num_top == vocab_size or not (inside & (top == top[:, -1:])).any():
+            break
+        num_top *= 4
+    ids = ids.sort(dim=-1).values
+    order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
     keep = torch.zeros_like(scaled, dtype=torch.bool)
     return keep.scatter_(1, ids.gather(1, order), inside)
 

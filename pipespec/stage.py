@@ -7,19 +7,20 @@ runner and clock are handed in, so the same loop runs in a process of its own an
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Container, Sequence
+from typing import Final
 
 from pipespec.config import Schedule
-from pipespec.errors import StageError
-from pipespec.messages import Frame, Heartbeat, Link, Shutdown
+from pipespec.messages import Abort, Finish, Frame, Heartbeat, Link, Shutdown
 from pipespec.policy import make_policy
 from pipespec.runners.base import ModelRunner, Row
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
 from pipespec.transport import Transport
 
-DUTIES_S = 1.0
-SEND_TIMEOUT_S = 30.0
+DUTIES_S: Final = 1.0
+RETRY_S: Final = 0.05  # until a full link is tried again
 
 
 class StageLoop:
@@ -49,10 +50,12 @@ class StageLoop:
         self.state = StageState(role, policy, incarnations, decode=decode, max_active=num_slots)
         self._slots = SlotTable(runner, num_slots)
         self._transport = transport
+        self._incarnation = incarnations[index]
         self._clock = clock
         self._stopped = False
         self._next_duties_s = 0.0
         self._up_is_full = False
+        self._unsent: dict[Link, deque[Frame]] = {Link.UP: deque(), Link.LAUNCHER: deque()}
 
     def run(self) -> None:
         """Serves until told to stop; what the runner or the transport raises ends it."""
@@ -60,6 +63,7 @@ class StageLoop:
         while not self._stopped:
             self._drain(wait_s)
             decision = self.state.decide(self._clock())
+            self._do_duties(is_idle=decision.step is None)
             if decision.step is not None:
                 wait_s = 0.0
                 self._forward(decision.step)
@@ -73,8 +77,8 @@ class StageLoop:
         if wait_s > 0.0:
             self.state.add_wait(now_s - start_s)
         for link, frame in arrivals:
-            if isinstance(frame.message, Shutdown):
-                self._stopped = True
+            if link is Link.LAUNCHER and isinstance(frame.message, Shutdown):
+                self._stopped |= frame.receiver_incarnation == self._incarnation
             self._send(self.state.receive(link, frame, now_s))
         self._slots.keep_only(self.state.requests)
 
@@ -89,19 +93,25 @@ class StageLoop:
         self._send(self.state.end_step(draws, start_s, end_s))
 
     def _idle_s(self, wake_at_s: float | None) -> float:
-        """Seconds to wait for a message; on the way, the once-a-second duties."""
+        """Seconds to wait for a message."""
+        until_s = self._next_duties_s if wake_at_s is None else min(wake_at_s, self._next_duties_s)
+        idle_s = max(0.0, until_s - self._clock())
+        return min(idle_s, RETRY_S) if self._unsent[Link.LAUNCHER] else idle_s
+
+    def _do_duties(self, *, is_idle: bool) -> None:
+        """About once a second: what keeps links that lost frames alive, and the sign of life of a
+        stage that has nothing to compute."""
+        self._send_unsent(Link.LAUNCHER)
         now_s = self._clock()
-        if now_s >= self._next_duties_s:
-            self._next_duties_s = now_s + DUTIES_S
+        if now_s < self._next_duties_s:
+            return
+        self._next_duties_s = now_s + DUTIES_S
+        if is_idle and not self._unsent[Link.LAUNCHER]:
             self._send(self.state.wrap([(Link.LAUNCHER, Heartbeat("serving", self._counters()))]))
-            if self._up_is_full:
-                self._up_is_full = False
-                self._send(self.state.full_verdicts())
-            self._send(self.state.refresh(now_s))
-        until_s = self._next_duties_s
-        if wake_at_s is not None:
-            until_s = min(until_s, wake_at_s)
-        return max(0.0, until_s - now_s)
+        if self._up_is_full:
+            self._up_is_full = not self._send_unsent(Link.UP)
+            self._send(self.state.full_verdicts())
+        self._send(self.state.refresh(now_s))
 
     def _counters(self) -> dict[str, int]:
         return {
@@ -111,25 +121,31 @@ class StageLoop:
         }
 
     def _send(self, frames: list[tuple[Link, Frame]]) -> None:
-        """A stage never waits for a neighbour. A full link loses a Draft, which was a hint, and
-        turns lost Verdicts into a full one as soon as it takes frames again."""
+        """What a full link means: a Draft was a hint and is lost; Verdicts are lost too, until one
+        full Verdict stands for them; the launcher's frames, and the end of a request, wait here. A
+        request's output is bounded, so is what waits."""
         for link, frame in frames:
-            if link is Link.UP and self._up_is_full:
-                continue
-            if self._transport.send(link, frame):
-                continue
-            if link is Link.UP:
+            if link is Link.LAUNCHER:
+                self._unsent[link].append(frame)
+                self._send_unsent(link)
+            elif link is Link.UP and self._up_is_full:
+                self._keep_end(frame)
+            elif not self._transport.send(link, frame) and link is Link.UP:
                 self._up_is_full = True
-            elif link is Link.LAUNCHER:
-                self._insist(frame)
+                self._keep_end(frame)
 
-    def _insist(self, frame: Frame) -> None:
-        """Output must not be lost; a launcher that reads nothing for long is stuck or gone."""
-        deadline_s = self._clock() + SEND_TIMEOUT_S
-        while not self._transport.send(Link.LAUNCHER, frame):
-            if self._clock() > deadline_s:
-                raise StageError(f"the launcher took no message for {SEND_TIMEOUT_S:.0f} s")
-            time.sleep(0.05)
+    def _keep_end(self, frame: Frame) -> None:
+        if isinstance(frame.message, Finish | Abort):
+            self._unsent[Link.UP].append(frame)
+
+    def _send_unsent(self, link: Link) -> bool:
+        """Sends what waits for a link, in order; False if the link is still full."""
+        unsent = self._unsent[link]
+        while unsent:
+            if not self._transport.send(link, unsent[0]):
+                return False
+            unsent.popleft()
+        return True
 
 
 class SlotTable:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pipespec
-from pipespec.messages import Fault
+from pipespec.interrupts import hold_interrupts
+from pipespec.messages import Fault, Heartbeat
 from pipespec.placement import StagePlacement
 from pipespec.worker_spec import StageSpec
 
@@ -36,7 +37,11 @@ class StageStatus:
 
 @dataclass(slots=True)
 class StageProcess:
-    """A worker and what is known of it. Everything from `phase` on is what it reported."""
+    """A worker and what is known of it. Everything from `phase` on is what it reported.
+
+    num_idle_reports: a stage that serves sends a heartbeat about once a second while it has nothing
+    to compute, and none during a forward.
+    """
 
     index: int
     spec: StageSpec
@@ -47,6 +52,7 @@ class StageProcess:
     load_s: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, Any] = field(default_factory=dict)
+    num_idle_reports: int = 0
     fault: Fault | None = None
 
     def __str__(self) -> str:
@@ -66,15 +72,21 @@ class StageProcess:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         descriptor = os.open(self.log_path, flags, 0o600)
         try:
-            self.process = subprocess.Popen(
-                [*command, "--stage", str(self.index), "--run-dir", str(self.log_path.parent)],
-                stdin=subprocess.DEVNULL,
-                stdout=descriptor,
-                stderr=subprocess.STDOUT,
-                env={**environment, **stage_environment(self.spec.placement, environment)},
-            )
+            with hold_interrupts():  # a process that exists is in `process`
+                self.process = subprocess.Popen(
+                    [*command, "--stage", str(self.index), "--run-dir", str(self.log_path.parent)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=descriptor,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, **stage_environment(self.spec.placement, environment)},
+                )
         finally:
             os.close(descriptor)
+
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Notes what the stage says of itself."""
+        self.phase, self.counters = heartbeat.phase, heartbeat.counters
+        self.num_idle_reports += heartbeat.phase == "serving"
 
     @property
     def has_ended(self) -> bool:
@@ -99,7 +111,7 @@ class StageProcess:
     def describe_end(self) -> str:
         """How the stage failed, in a clause: what it said itself, else what the system knows."""
         if self.fault is not None:
-            return f"failed: {self.fault.kind}: {_one_line(self.fault.message)}"
+            return f"failed: {_one_line(f'{self.fault.kind}: {self.fault.message}')}".rstrip(": ")
         code = None if self.process is None else self.process.poll()
         while_phase = "" if self.phase == "serving" else f" while {self.phase}"
         if code is None:

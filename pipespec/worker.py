@@ -1,9 +1,10 @@
 """One stage as a process: `python -m pipespec.worker --stage I --run-dir DIR`.
 
 Started by `launcher`, never by hand. It opens its links, pins itself, loads its model, warms it up
-and hands over to the stage loop. It ends with the loop, on SIGTERM, with the error that it reports
-to the launcher in a `Fault`, and by itself when the launcher is gone. What a token, a candidate or
-a verdict means is not known here.
+and hands over to the stage loop. It ends with the loop, with the error that it reports to the
+launcher in a `Fault`, and by itself when the launcher is gone. Ctrl-C, SIGTERM and SIGHUP often
+reach all processes of a run at once; here they are ignored, because the launcher acts on them, or
+dies of them. What a token, a candidate or a verdict means is not known here.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from pipespec.config import SamplingParams
-from pipespec.errors import StageError
+from pipespec.errors import PipeSpecError, StageError
 from pipespec.messages import (
     MAX_TEXT,
     Connect,
@@ -48,9 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pipespec.worker")
 
-EXIT_TERMINATED: Final = 128 + signal.SIGTERM
-CONNECT_TIMEOUT_S: Final = 60.0
 WATCH_INTERVAL_S: Final = 0.5
+_MAX_WARM_UP_LENGTH: Final = 32  # longer forwards are rare, and each length costs one
 
 
 class StageSession:
@@ -105,9 +104,9 @@ class StageSession:
             False if the launcher said to shut down instead.
 
         Raises:
-            StageError: nothing came in time.
+            StageError: nothing came for longer than the launcher waits for all stages.
         """
-        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        deadline = time.monotonic() + self.spec.ready_timeout_s
         while time.monotonic() < deadline:
             for frame in self.transport.receive_from(Link.LAUNCHER, timeout_s=0.5):
                 if isinstance(frame.message, Shutdown):
@@ -116,7 +115,7 @@ class StageSession:
                     if not self.is_target:
                         self.transport.connect(Link.DOWN, frame.message.endpoint)
                     return True
-        raise StageError(f"stage {self.index} heard nothing for {CONNECT_TIMEOUT_S:g} s")
+        raise StageError(f"stage {self.index} heard nothing for {self.spec.ready_timeout_s:g} s")
 
 
 def load_stage_runner(session: StageSession) -> ModelRunner:
@@ -143,9 +142,10 @@ def load_stage_tokenizer(stage: StageSpec) -> TextTokenizer:
 
 
 Serve = Callable[[StageSession], None]
+LoadRunner = Callable[[StageSession], ModelRunner]
 
 
-def serve_model(session: StageSession) -> None:
+def serve_model(session: StageSession, load: LoadRunner = load_stage_runner) -> None:
     """Loads the stage's model and serves requests until the launcher says to shut down.
 
     Raises:
@@ -158,10 +158,11 @@ def serve_model(session: StageSession) -> None:
     session.enter("loading")
     tokenizer = load_stage_tokenizer(session.stage)
     session.say_hello(tokenizer.digest)
-    runner = load_stage_runner(session)
+    runner = load(session)
     try:
         session.enter("warming up")
-        warm_up(runner, spec.schedule.run_ahead + 1)
+        if runner.info.weight_bytes:  # a runner without weights has nothing to prepare
+            warm_up(runner, spec.schedule.run_ahead + 1)
         if not session.await_connect():
             return
         session.report(Ready(time.monotonic() - started_at, describe(runner)))
@@ -180,13 +181,14 @@ def serve_model(session: StageSession) -> None:
 
 
 def warm_up(runner: ModelRunner, max_query_length: int) -> None:
-    """One forward of every query length that will be used: kernels are chosen, graphs captured and
-    weights read before the first request is timed."""
-    start = max_query_length
-    most = min(max_query_length, runner.info.context_length - start)
-    for length in (start, *range(1, most + 1)):
-        position = 0 if length == start else start
-        runner.forward([Row(0, position, [0] * length, length, SamplingParams())])
+    """One forward of every query length that will be used, up to a few dozen: kernels are chosen,
+    graphs captured and weights read before the first request is timed."""
+    context_length = runner.info.context_length
+    longest = min(max_query_length, context_length)
+    runner.forward([Row(0, 0, [0] * longest, longest, SamplingParams())])
+    for length in range(1, min(longest, _MAX_WARM_UP_LENGTH) + 1):
+        start = min(longest, context_length - length)
+        runner.forward([Row(0, start, [0] * length, length, SamplingParams())])
     runner.release(0)
 
 
@@ -202,8 +204,8 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = serve_model) -> 
     """Runs one stage; returns the exit status."""
     options = _parser().parse_args(arguments)
     _log_to_stderr(options.stage)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the launcher decides
-    signal.signal(signal.SIGTERM, _leave)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
         spec = read_spec(options.run_dir)
     except StageError as error:
@@ -251,8 +253,11 @@ def pin(cores: Sequence[int]) -> None:
 
 def fault_of(error: Exception) -> Fault:
     """What the launcher is told of an error, within the limits of a message."""
+    # The launcher knows our own kinds of errors, but not those that a runner derives from them.
+    own = (kind for kind in type(error).__mro__ if kind.__module__ == PipeSpecError.__module__)
+    name = next(own, type(error)).__name__
     trace = "".join(traceback.format_exception(error))
-    return Fault(type(error).__name__, str(error)[:MAX_TEXT], trace[-MAX_TEXT:])
+    return Fault(name, str(error)[:MAX_TEXT], trace[-MAX_TEXT:])
 
 
 def _is_alive(pid: int) -> bool:
@@ -263,11 +268,6 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: cleaning up is under way
-    raise SystemExit(EXIT_TERMINATED)
 
 
 def _log_to_stderr(stage: int) -> None:
@@ -288,4 +288,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # everything is closed; for the interpreter to unload torch takes a second

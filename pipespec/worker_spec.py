@@ -50,7 +50,7 @@ class RunSpec:
 
     transport: "ipc" or "tcp". keys: of the tcp links. tokenizer_digest: of the tokenizer that all
     stages share, as the launcher knows it; "" is not compared. num_slots: requests that a stage
-    holds at once.
+    holds at once. ready_timeout_s: how long the launcher waits for all stages to load.
     """
 
     launcher_pid: int
@@ -61,6 +61,7 @@ class RunSpec:
     context_length: int | None
     tokenizer_digest: str
     num_slots: int
+    ready_timeout_s: float
     stages: tuple[StageSpec, ...]
 
     @property

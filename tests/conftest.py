@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+
+# Published data sets and the original's result files, too large to be part of the project.
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,11 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run only when `-m` asks for them, GPU tests only where there is a GPU."""
+    """Slow tests run only when `-m` asks for them, those that read shared data where it is there,
+    GPU tests only where there is a GPU."""
     if not config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        items[:] = [item for item in items if item not in slow]
-        config.hook.pytest_deselected(items=slow)
+        _leave_out("slow", config, items)
+    if not SHARED_DATA.is_dir():
+        _leave_out("shared_data", config, items)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_gpu():
         for item in on_gpu:
@@ -49,6 +54,12 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"skipped under --fail-on-skip: {_reason(report.longrepr)}"
     return report
+
+
+def _leave_out(mark: str, config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker(mark)]
+    items[:] = [item for item in items if item not in marked]
+    config.hook.pytest_deselected(items=marked)
 
 
 def _reason(longrepr: object) -> str:

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from pipespec.config import ModelConfig, Schedule
-from pipespec.launcher import Pipeline, StageStatus, install_signal_handlers
+from pipespec.interrupts import install_signal_handlers
+from pipespec.launcher import Pipeline, StageStatus
 from pipespec.placement import StagePlacement
 
 WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))

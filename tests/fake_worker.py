@@ -1,6 +1,6 @@
-"""A worker without a model: `pipespec.worker` with another `serve`, for tests of the launcher.
+"""`pipespec.worker` with another `serve`, for tests of everything that can go wrong with a stage.
 
-What it does instead is named by its model's path: one of `BEHAVIOURS`.
+What it does is named by its model's path: one of `BEHAVIOURS`; any other model is served well.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pipespec.errors import ModelLoadError
 from pipespec.messages import Finish, Frame, Heartbeat, Link, Output, Ready, Shutdown, Stats, Submit
-from pipespec.worker import StageSession, main
+from pipespec.runners.base import ModelRunner, Row, RunnerInfo
+from pipespec.worker import StageSession, load_stage_runner, load_stage_tokenizer, main, serve_model
 
 DIGEST = "digest of the fake tokenizer"
+NUM_GOOD_FORWARDS = 20
 
 
 def get_ready(session: StageSession) -> None:
@@ -77,11 +80,7 @@ def load_for_ever(session: StageSession) -> None:
 
 def ignore_every_request_to_end(session: StageSession) -> None:
     get_ready(session)
-    while True:
-        try:
-            time.sleep(600.0)
-        except SystemExit:
-            continue
+    time.sleep(600.0)
 
 
 def answer_and_fail(session: StageSession) -> None:
@@ -102,6 +101,64 @@ def have_another_tokenizer(session: StageSession) -> None:
     session.await_connect()
 
 
+class FailingRunner:
+    """The stage's own runner, until it has done a number of forwards."""
+
+    def __init__(self, session: StageSession, error: BaseException) -> None:
+        self._runner = load_stage_runner(session)
+        self._error = error
+        self._num_left = NUM_GOOD_FORWARDS
+
+    @property
+    def info(self) -> RunnerInfo:
+        return self._runner.info
+
+    def forward(self, rows: Sequence[Row]) -> list[list[int]]:
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise self._error
+        return self._runner.forward(rows)
+
+    def release(self, slot: int) -> None:
+        self._runner.release(slot)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def raise_in_forward(session: StageSession) -> None:
+    serve_model(session, lambda session: FailingRunner(session, RuntimeError("device-side assert")))
+
+
+def run_out_of_memory_in_forward(session: StageSession) -> None:
+    serve_model(session, lambda session: FailingRunner(session, MemoryError()))
+
+
+def run_out_of_memory_while_loading(session: StageSession) -> None:
+    def load(_session: StageSession) -> ModelRunner:
+        raise MemoryError
+
+    serve_model(session, load)
+
+
+def exit_while_loading(session: StageSession) -> None:
+    def load(_session: StageSession) -> ModelRunner:
+        sys.exit(3)
+
+    serve_model(session, load)
+
+
+def lose_every_request(session: StageSession) -> None:
+    """Lives, and says that it has nothing to do whatever it is given."""
+    session.say_hello(load_stage_tokenizer(session.stage).digest)
+    assert session.await_connect()
+    session.report(Ready(0.25, {}))
+    while not any(
+        isinstance(frame.message, Shutdown) for _, frame in session.transport.receive(0.05)
+    ):
+        session.report(Heartbeat("serving", {}))
+
+
 BEHAVIOURS = {
     function.__name__: function
     for function in (
@@ -115,12 +172,17 @@ BEHAVIOURS = {
         answer_and_fail,
         understand_something_else,
         have_another_tokenizer,
+        raise_in_forward,
+        run_out_of_memory_in_forward,
+        run_out_of_memory_while_loading,
+        exit_while_loading,
+        lose_every_request,
     )
 }
 
 
 def serve(session: StageSession) -> None:
-    BEHAVIOURS[session.stage.model.name](session)
+    BEHAVIOURS.get(session.stage.model.name, serve_model)(session)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emulated import write_emulated
 
 from pipespec import benchmark, run_example
+from pipespec.commands.arguments import Parser
+from pipespec.errors import UsageError
 
 TARGET = "pipespec:demo/target-5M"
 Main = Callable[[list[str]], int]
@@ -219,6 +224,25 @@ def test_a_flag_may_be_written_with_underscores_and_its_value_is_left_alone() ->
     assert options.max_new_tokens == 7
 
 
+def complaint(parser: Parser, flag: str) -> str:
+    """What a parser says of a flag: also that its value is wrong, or that it takes none."""
+    try:
+        parser.parse_args([flag])
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("command", [benchmark, run_example])
+def test_every_flag_of_several_words_has_both_spellings(command: Any) -> None:
+    parser = command.make_parser()
+    flags = set(re.findall(r"--[a-z]+(?:-[a-z]+)+", parser.format_help()))
+    assert {"--models-config-path", "--max-new-tokens", "--ready-timeout"} <= flags
+    for flag in flags:
+        assert "unrecognized" not in complaint(parser, f"--{flag[2:].replace('-', '_')}=1")
+    assert "unrecognized" in complaint(parser, "--no_such_flag=1")
+
+
 def test_the_defaults_suit_the_models(tmp_path: Path) -> None:
     from pipespec.commands.settings import read_settings
 
@@ -251,3 +275,44 @@ def test_a_dry_run_tells_memory_and_placement_without_weights(
     for text in ("Meta-Llama-3.1-70B-Instruct", "cuda:2 cuda:3", "KV cache", "GiB"):
         assert text in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_here_are_named_with_what_to_do(tmp_path: Path) -> None:
+    """A gated model of the hub, on a machine that cannot ask the hub."""
+    name = "meta-llama/Llama-3.2-1B-Instruct"
+    config = write_models(tmp_path, *[{"path": name, "devices": "cpu"}] * 2)
+    command = [sys.executable, "-m", "pipespec.benchmark", "--models-config-path", config]
+    run = subprocess.run(
+        command,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"error: {name} is not in the Hugging Face cache")
+    assert "a gated model also needs HF_TOKEN" in line
+
+
+def test_a_folder_without_weights_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    config = write_models(tmp_path, *[{"path": "model", "devices": "cpu"}] * 2)
+    line = one_line(capsys, ["--models-config-path", config])
+    assert "has no model.safetensors; it is not a complete model" in line
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "chain", "async-chain"])
+def test_a_model_that_cannot_be_loaded_is_named_by_whoever_loads_it(
+    strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_emulated(tmp_path, context_length=4000, typo=1)
+    results = tmp_path / "results"
+    flags = ["--models-config-path", config, "--output-dir", str(results)]
+    line = one_line(capsys, [*flags, "--strategy", strategy])
+    assert 'target: unknown key "typo" in "emulated"' in line
+    assert not list(results.glob("*"))

@@ -389,11 +389,9 @@ def test_a_split_that_a_built_in_set_lost_is_named(monkeypatch: pytest.MonkeyPat
 # -- real data --------------------------------------------------------------------------------
 
 
+@pytest.mark.shared_data
 @pytest.mark.parametrize(("name", "num_rows"), [("humaneval", 164), ("gsm8k_test", 200)])
 def test_real_sets_load_from_their_files(name: str, num_rows: int) -> None:
-    path = SHARED / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there")
-    data = load_dataset(str(path))
+    data = load_dataset(str(SHARED / f"{name}.jsonl"))
     assert len(data.samples) == num_rows
     assert all(sample.text for sample in data.samples)

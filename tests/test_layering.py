@@ -19,7 +19,7 @@ LAYERS = (
     ("transport",),
     ("runners", "data", "demo"),
     ("stage",),
-    ("worker_spec", "stage_process", "launcher", "worker"),
+    ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
     ("dry_run", "commands", "benchmark", "run_example"),
 )

@@ -282,16 +282,14 @@ def test_runs_without_a_common_prompt_have_no_speed_up() -> None:
 
 @cache
 def published(name: str) -> Any:
-    path = PUBLISHED / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there")
-    return load_results(path)
+    return load_results(PUBLISHED / f"{name}.json")
 
 
 def published_names() -> Iterator[str]:
     return (path.stem for path in sorted(PUBLISHED.glob("*.json")))
 
 
+@pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("name", "greedy", "ms_per_token", "published_speed_up", "matched_speed_up"),
     [
@@ -323,6 +321,7 @@ def test_published_numbers_come_out(
     assert comparison.speed_up == pytest.approx(matched_speed_up, abs=6e-4)
 
 
+@pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("strategy", "first", "sweep"),
     [
@@ -336,10 +335,9 @@ def test_the_published_lookahead_sweeps_come_out(strategy: str, first: int, swee
         assert summarise(results).ms_per_token == pytest.approx(ms_per_token, abs=0.006)
 
 
+@pytest.mark.shared_data
 def test_every_published_file_is_read_and_summarised() -> None:
     names = list(published_names())
-    if not names:
-        pytest.skip(f"{PUBLISHED} is not there")
     assert len(names) == 50
     for name in names:
         file = published(name)
@@ -355,12 +353,14 @@ def test_every_published_file_is_read_and_summarised() -> None:
         assert summary.efficiency_gain >= 1.0
 
 
+@pytest.mark.shared_data
 def test_texts_that_fp16_changed_are_found() -> None:
     run = published(f"chain_{MIDDLE}-{LARGE}_8").results
     comparison = speed_up(run, published(f"greedy_{LARGE}").results)
     assert comparison.num_same_text == 9
 
 
+@pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("name", "gpus", "joules_per_token"),
     [

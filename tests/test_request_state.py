@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipespec.config import SamplingParams
+from pipespec.config import SamplingParams, Schedule
 from pipespec.hashing import hash_tokens
-from pipespec.messages import Draft, Link, Output, Submit, Verdict
-from pipespec.state import FinishChecker, RequestState, Role
+from pipespec.messages import Draft, Finish, Frame, Link, Output, Stats, Submit, Verdict
+from pipespec.policy import make_policy
+from pipespec.state import FinishChecker, RequestState, Role, StageState
 from pipespec.state.request import Outgoing
 
 PROMPT = (7, 7, 7)
@@ -210,3 +211,15 @@ def test_candidates_are_not_used_while_the_prompt_is_computed() -> None:
     started = target.begin_step()
     assert started.ids == PROMPT
     assert started.is_prefill
+
+
+def test_a_stage_that_missed_a_request_reports_its_end_once() -> None:
+    """Its Submit was lost on a link that was not open yet; the launcher waits for its counts."""
+    state = StageState(Role(0, 2, 16, 16), make_policy(Schedule(), is_first=True), [1, 1])
+    ends = [state.receive(Link.DOWN, Frame(1, 1, 1, number, Finish(7)), 0.0) for number in range(2)]
+    ((link, frame),) = ends[0]
+    assert link is Link.LAUNCHER
+    assert isinstance(frame.message, Stats)
+    assert frame.message.request == 7
+    assert frame.message.values["num_drafted"] == 0
+    assert ends[1] == []

@@ -93,9 +93,8 @@ def test_file_names_are_those_of_the_original() -> None:
     assert result_file_name("async-chain", models, None, True) == f"async-chain_{joined}_auto.json"
 
 
+@pytest.mark.shared_data
 def test_every_published_file_has_the_name_that_we_would_give_it() -> None:
-    if not PUBLISHED.is_dir():
-        pytest.skip(f"{PUBLISHED} is not there")
     for path in sorted(PUBLISHED.glob("*.json")):
         stored = load_results(path).metadata
         names = [model["path"].split("/")[-1] for model in stored["model_configs"]]

@@ -16,7 +16,7 @@ from typing import Final
 from rich.console import Console
 
 from pipespec.errors import PipeSpecError, StageError
-from pipespec.launcher import install_signal_handlers
+from pipespec.interrupts import install_signal_handlers
 
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141

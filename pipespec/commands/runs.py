@@ -30,6 +30,7 @@ from pipespec.results import (
     run_metadata,
     sample_result,
 )
+from pipespec.results.reading import read_partial
 
 Result = Mapping[str, Any]
 WARM_UP_TOKENS: Final = 16
@@ -204,10 +205,12 @@ def _writer(run: Run, num_samples: int) -> Iterator[ResultWriter]:
             yield writer
     except BaseException as error:
         partial = partial_path(run.path)
-        if writer.done:
+        # What counts is the file: a signal may strike between a sample's write and the next line.
+        kept = read_partial(partial).results if partial.exists() else {}
+        if kept:
             error.add_note(
-                f"{len(writer.done)} of {num_samples} samples of {run.strategy} are kept in "
-                f"{partial}; the same command with --resume goes on after them"
+                f"{len(kept)} of {num_samples} samples of {run.strategy} are kept in {partial}; "
+                "the same command with --resume goes on after them"
             )
         else:
             partial.unlink(missing_ok=True)
@@ -226,8 +229,9 @@ def _record_differences(
         return
     divergences = find_divergences(writer.results, greedy, inputs.prompts)
     if divergences:
-        display.line(f"{len(divergences)} outputs differ from greedy; asking the target how nearly")
-        divergences = with_margins(divergences, inputs.hierarchy, settings.generation.sampling)
+        display.line(f"outputs unlike greedy's: {len(divergences)}; asking the target how near")
+        with library_errors("the comparison with greedy"):
+            divergences = with_margins(divergences, inputs.hierarchy, settings.generation.sampling)
     for divergence in divergences:
         display.line(divergence.describe(settings.models[-1].dtype))
         writer.add_metrics(

@@ -28,7 +28,11 @@ log = logging.getLogger(__name__)
 _CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _NO_LIMIT: Final = 1 << 17  # for models whose config names no largest position
 _ATTENTION_LAYERS: Final = ("full_attention", "sliding_attention", "chunked_attention")
-_LOAD_ERRORS: Final = (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError)
+# What transformers raises for folders with something wrong, as far as is known.
+_LOAD_ERRORS: Final = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError,
+    RuntimeError,
+)  # fmt: skip
 
 
 class HfRunner:
@@ -40,8 +44,8 @@ class HfRunner:
     vocab_size, context_length: as for `LlamaRunner`.
 
     Raises:
-        ModelLoadError: not a causal language model, incomplete weights, no bitsandbytes, or a model
-            whose state cannot be rolled back.
+        ModelLoadError: not a causal language model, weights that are incomplete or damaged, no
+            bitsandbytes or GPU for `quantize`, or a model whose state cannot be rolled back.
     """
 
     def __init__(
@@ -227,32 +231,19 @@ def _load(folder: Path, name: str, options: dict[str, Any]) -> Any:
 
 
 def _check_rollback(folder: Path, name: str, model: Any) -> None:
-    """Verification cuts what a model remembers back to a length; recurrent state cannot be cut, and
-    some models remember nothing. Known kinds are told by name, any other by trying."""
+    """Verification cuts what a model remembers back to a length. Recurrent state cannot be cut, and
+    a few old models remember nothing, or in ways of their own."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     other = sorted({kind for kind in types if kind not in _ATTENTION_LAYERS})
-    if model._is_stateful or other:
-        what = f"layers of type {', '.join(other)}" if other else "recurrent layers"
-    elif not _can_roll_back(model):
-        what = "no key-value cache of transformers' usual kind"
+    if other:
+        what = f"layers of type {', '.join(other)}"
+    elif model._is_stateful:
+        what = "recurrent layers"
+    elif "past_key_values" not in inspect.signature(model.forward).parameters:
+        what = "no key-value cache"
     else:
         return
     raise ModelLoadError(
         f"{name}: the {model.config.model_type} model in {folder} has {what}; PipeSpec serves "
         "models with attention only, whose cache can be cut back to any length"
     )
-
-
-@torch.inference_mode()
-def _can_roll_back(model: Any) -> bool:
-    """Whether the model fills a cache that it is handed, and the cache can be cut."""
-    from transformers import DynamicCache
-
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return False
-    cache: Any = DynamicCache()
-    ids = torch.zeros(1, 3, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    filled = cache.get_seq_length()
-    cache.crop(-2)
-    return (filled, cache.get_seq_length()) == (3, 1)

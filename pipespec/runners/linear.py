@@ -1,20 +1,21 @@
 """Matrix products of the lean runner: which kernel, for which weight and how many rows.
 
-On CPU there are two. *Dense* is plain torch (MKL): no set-up, fastest for one or two rows of a
-small float32 weight, but a weight that does not fit a core's cache costs two to three times as
-much at four rows as at one. *Packed* is oneDNN with the weight reordered once at load: about 10 us
-to enter, then flat from one row to eight, which is what verification needs. The rule, from
-measurements with one thread (float32, dense/packed, us):
+On CPU there are two. *Dense* is MKL over the weight as [in, out], which for few rows it reads
+faster than [out, in]: no set-up, but from four rows on slow for a weight that comes from memory and
+not from a cache. *Packed* is oneDNN with the weight reordered once at load: about 20 us to enter,
+then nearly flat from one row to eight. Measured with one thread (float32, dense/packed, us):
 
-    weight MiB   1 row      2 rows     4 rows     8 rows
-    0.2             8/20       8/20      10/20      16/24      dense
-    2.1            89/133     99/131    159/136    219/192     dense to 2 rows, packed from 3
-    5.0           189/223    188/226    374/272    627/361     (both are kept)
-    17            672/736    638/669   1266/723   1920/907     packed
+    weight MiB   from     1 row      2 rows     4 rows      8 rows
+    0.2          cache       8/28       9/26       9/28       11/31    dense
+    1.2          cache      44/66      46/67      49/68       67/96    dense
+    2.1          cache     78/113     94/113    103/120     131/167    dense to 2 rows,
+    2.1          memory   176/262    288/267    391/289     539/360    packed from 3
+    5.0          cache    185/237    198/236    218/233     309/345    (both are kept)
+    5.0          memory   484/720    878/852   1171/665    1304/855
+    16           cache    601/674    668/704    740/670    1064/939    packed
 
-bfloat16 is packed always (dense is slower everywhere, up to 1.8 times); float16 like float32, by
-its number of elements. With several threads dense gains nothing for one row, so there it serves
-only the small. On a GPU everything is dense.
+bfloat16 and float16 are packed always (dense is up to twice as slow). With several threads dense
+gains nothing for one row, so there it serves only the small. On a GPU everything is dense.
 
 `torch.ops.mkldnn` is what torch.compile emits for frozen CPU models; it is probed, not assumed.
 """
@@ -25,9 +26,8 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-_SMALL: Final = 1 << 18  # elements: 1 MiB of float32
+_SMALL: Final = 1 << 19  # elements: 2 MiB of float32
 _LARGE: Final = 1 << 21  # 8 MiB of float32
 _MAX_DENSE_ROWS: Final = 2
 
@@ -51,15 +51,19 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """The weight as it is."""
+    """The weight as a plain matrix. is_view: whether it is the very tensor that was given."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-        self._transposed = weight.t()
+        self.is_view = weight.device.type != "cpu" or weight.dtype != torch.float32
+        transposed = weight.t()
+        self._transposed = transposed if self.is_view else transposed.contiguous()
+        self._bias = bias
         self.weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        if self._bias is None:
+            return torch.mm(x, self._transposed)
+        return torch.addmm(self._bias, x, self._transposed)
 
     def into(self, x: Tensor, out: Tensor) -> None:
         if self._bias is None and out.dtype == x.dtype:
@@ -122,7 +126,7 @@ def make_linear(weight: Tensor, bias: Tensor | None, num_threads: int) -> Linear
     """
     if not _can_pack(weight):
         return DenseLinear(weight, bias)
-    if weight.dtype == torch.bfloat16:
+    if weight.dtype != torch.float32:
         return PackedLinear(weight, bias)
     if weight.numel() < _SMALL:
         return DenseLinear(weight, bias)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipespec.runners.architecture import Architecture, Rope
-from pipespec.runners.linear import Linear, PackedLinear, make_linear
+from pipespec.runners.linear import DenseLinear, Linear, make_linear
 from pipespec.runners.weights import Checkpoint, open_checkpoint
 
 MAX_SHORT = 64  # query lengths up to this keep their buffers and masks
@@ -289,8 +289,7 @@ class _Loader:
             return embedding, self._linear([weight[:vocab_size].clone()], None)
         weight = embedding[:vocab_size]
         head = make_linear(weight, None, self._num_threads)
-        # A dense kernel computes with the embedding itself.
-        shared = 0 if isinstance(head, PackedLinear) else weight.nbytes
+        shared = weight.nbytes if isinstance(head, DenseLinear) and head.is_view else 0
         self.weight_bytes += head.weight_bytes - shared
         return embedding, head
 

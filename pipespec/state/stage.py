@@ -25,12 +25,13 @@ from pipespec.messages import (
     Verdict,
 )  # fmt: skip
 from pipespec.policy import Policy, Situation, StepResult
+from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
 from pipespec.state.request import FinishCheck, Outgoing, RequestState, Role, Step
 
 NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Finish
-REFRESH_S = 5.0  # without a Draft from above for so long: send everything again
+REFRESH_S = 5.0  # without a usable Draft from above for so long: send everything again
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +182,26 @@ class StageState:
         if request is None:
             self.num_unknown += 1
             return [(Link.UP, Finish(draft.request))] if draft.request in self._gone else []
-        self._last_draft_s[draft.request] = now_s
         is_usable = request.on_draft(draft)
+        if is_usable:  # stale ones alone may mean that a lost frame left the two apart
+            self._last_draft_s[draft.request] = now_s
         num_tokens = len(draft.tokens) if is_usable else 0
         self.policy.on_draft(num_tokens, request.drafter_stopped, now_s)
         return []
 
     def _on_finish(self, message: Finish | Abort) -> list[Outgoing]:
-        request = self.requests.pop(message.request, None)
-        if request is None:
+        if message.request in self._gone:
             return []
-        self._last_draft_s.pop(message.request)
+        request = self.requests.pop(message.request, None)
+        counts = Counts()  # of a request whose Submit was lost and whose end came first
+        if request is not None:
+            self._last_draft_s.pop(message.request)
+            counts = request.counts
+            counts.num_past_end = 0 if self.role.is_last else len(request.seq) - request.acked
         self._gone[message.request] = None
         while len(self._gone) > NUM_REMEMBERED:
             self._gone.popitem(last=False)
-        request.counts.num_past_end = 0 if self.role.is_last else len(request.seq) - request.acked
-        stats = Stats(message.request, request.counts.to_values())
+        stats = Stats(message.request, counts.to_values())
         upwards: list[Outgoing] = [] if self.role.is_first else [(Link.UP, message)]
         return [*upwards, (Link.LAUNCHER, stats)]
 

@@ -1,0 +1,76 @@
+"""The scripts in launch/ start what they say, with the flags that they are given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from emulated import write_emulated, write_prompts
+
+from pipespec.results import load_results
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+
+
+def run_script(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAUNCH / script), *flags],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_local_explains_itself() -> None:
+    run = run_script("local.sh", "--help")
+    assert run.returncode == 0, run.stderr
+    assert "Usage: launch/local.sh [MODELS_CONFIG] [FLAG...]" in run.stdout
+
+
+def test_local_runs_all_strategies_over_a_models_config(tmp_path: Path) -> None:
+    config, data = write_emulated(tmp_path), write_prompts(tmp_path, ["one", "two"])
+    flags = ["--dataset", data, "--max-new-tokens", "12", "--output-dir", str(tmp_path / "out")]
+    run = run_script("local.sh", config, *flags)
+    assert run.returncode == 0, run.stderr
+    names = ["async-chain_draft-target_auto", "chain_draft-target_auto", "greedy_target"]
+    files = sorted((tmp_path / "out").iterdir())
+    assert [path.stem for path in files] == names
+    assert all(len(load_results(path).results) == 2 for path in files)
+
+
+def test_local_passes_on_how_the_benchmark_ended() -> None:
+    run = run_script("local.sh", "nowhere.json")
+    assert run.returncode == 2
+    assert "there is no file nowhere.json" in run.stderr
+
+
+def test_the_slurm_job_runs_the_benchmark_as_a_job_step(tmp_path: Path) -> None:
+    """With an `srun` that notes that it was asked and runs its command here."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in (
+        ("srun", 'echo "srun was asked"; exec "$@"'),
+        ("python", f'exec "{sys.executable}" "$@"'),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    run = run_script(
+        "slurm/benchmark.sbatch",
+        "--max-new-tokens",
+        "5",
+        PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(LAUNCH.parent),
+        MODELS_CONFIG=write_emulated(tmp_path),
+        DATASET=write_prompts(tmp_path, ["one"]),
+        OUTPUT_DIR=str(tmp_path / "out"),
+        STRATEGY="greedy",
+        VENV=str(tmp_path / "none"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "srun was asked" in run.stdout
+    (path,) = (tmp_path / "out").iterdir()
+    assert load_results(path).results[0]["metrics"]["tokens_generated"] == 5

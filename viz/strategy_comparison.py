@@ -1,0 +1,192 @@
+"""Draws result files side by side: tokens per second of each run and sample, speed-up over greedy.
+
+    python -m viz.strategy_comparison results/stdlib --output comparison.png
+
+Reads result files of PipeSpec and of the original, and folders of them. A speed-up is taken on the
+prompts that a run shares with the greedy run of the same target on the same data set; without such
+a run it has none. What is drawn comes from the files alone; no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pipespec.commands.arguments import Parser
+from pipespec.commands.entry import run_command
+from pipespec.config import STRATEGIES
+from pipespec.errors import DataError, UsageError
+from pipespec.metrics import speed_up, summarise
+from pipespec.results import RunFile, load_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS: Final = {"greedy": "#7f7f7f", "chain": "#e08214", "async-chain": "#2166ac"}
+OTHER_COLOR: Final = "#4d9221"
+FORMATS: Final = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One run as it is drawn. sample_rates: tokens/s of each sample; speed_up: None without a
+    greedy run to compare with."""
+
+    strategy: str
+    label: str
+    tokens_per_s: float
+    sample_rates: tuple[float, ...]
+    speed_up: float | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = Parser(
+        prog="python -m viz.strategy_comparison",
+        description="Draws tokens per second and speed-up of several runs side by side.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help="result files, or folders of them")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("strategy-comparison.png"),
+        help="the picture: .png, .pdf or .svg",
+    )
+    options = parser.parse_args(arguments)
+    if options.output.suffix not in FORMATS:
+        raise UsageError(f"--output is {options.output}; it must end in {', '.join(FORMATS)}")
+    bars = read_bars(find_files(options.paths))
+    try:
+        draw(bars).savefig(options.output, dpi=150)
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {options.output} ({error.strerror})") from error
+    print(f"{len(bars)} runs: {options.output}")
+    return 0
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """The files that `paths` name; of a folder, its `.json` files.
+
+    Raises:
+        DataError: a folder without any.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"{path} holds no .json file")
+        files += inside
+    return files
+
+
+def read_bars(files: Iterable[Path]) -> list[Bar]:
+    """One bar a file; strategies together, then by models and lookahead.
+
+    Raises:
+        DataError: a file that is no result file, or has no samples.
+    """
+    runs = [(path, load_results(path)) for path in files]
+    baselines = {_target(run): run for _, run in runs if run.metadata["strategy"] == "greedy"}
+    num_datasets = len({run.metadata.get("dataset") for _, run in runs})
+    runs.sort(key=lambda item: _rank(item[1]))
+    return [_bar(path, run, baselines.get(_target(run)), num_datasets > 1) for path, run in runs]
+
+
+def draw(bars: Sequence[Bar]) -> Figure:
+    """Two panels of horizontal bars, in the order of `bars` from the top."""
+    from matplotlib.figure import Figure
+
+    width = 8.0 + 0.08 * max(len(bar.label) for bar in bars)
+    figure = Figure(figsize=(width, 0.9 + 0.3 * len(bars)), layout="constrained")
+    speeds, gains = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    _draw_speeds(speeds, bars)
+    _draw_gains(gains, bars)
+    return figure
+
+
+def _draw_speeds(axes: Axes, bars: Sequence[Bar]) -> None:
+    rows = range(len(bars))
+    axes.barh(rows, [bar.tokens_per_s for bar in bars], color=_colors(bars), alpha=0.75)
+    for row, bar in zip(rows, bars):
+        places = [row] * len(bar.sample_rates)
+        axes.plot(bar.sample_rates, places, "o", ms=3, color="black", alpha=0.35, mew=0)
+    axes.set_yticks(rows, [bar.label for bar in bars])
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens/s (bar: whole run, dots: samples)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_gains(axes: Axes, bars: Sequence[Bar]) -> None:
+    rows = [row for row, bar in enumerate(bars) if bar.speed_up is not None]
+    gains = [bar.speed_up for bar in bars if bar.speed_up is not None]
+    colors = [_colors(bars)[row] for row in rows]
+    drawn = axes.barh(rows, gains, color=colors, alpha=0.75)
+    axes.bar_label(drawn, fmt="%.2fx", padding=3)
+    axes.axvline(1.0, color="black", lw=0.8, ls=":")
+    axes.set_xlim(0, 1.15 * max(gains, default=1.0))
+    axes.set_xlabel("speed-up over greedy, same prompts")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colors(bars: Iterable[Bar]) -> list[str]:
+    return [COLORS.get(bar.strategy, OTHER_COLOR) for bar in bars]
+
+
+def _bar(path: Path, run: RunFile, baseline: RunFile | None, name_dataset: bool) -> Bar:
+    tokens_per_s = summarise(run.results).tokens_per_s
+    if tokens_per_s is None:
+        raise DataError(f"{path} has no samples that took any time; leave it out")
+    return Bar(
+        strategy=run.metadata["strategy"],
+        label=_label(run, name_dataset),
+        tokens_per_s=tokens_per_s,
+        sample_rates=tuple(
+            rate for result in run.results if (rate := summarise([result]).tokens_per_s) is not None
+        ),
+        speed_up=None if baseline is None else speed_up(run.results, baseline.results).speed_up,
+    )
+
+
+def _models(run: RunFile) -> tuple[str, ...]:
+    """Short names. A greedy file of the original lists all models; the last one ran."""
+    paths = [str(model.get("path", "?")).rstrip("/") for model in run.metadata["model_configs"]]
+    names = tuple(path.rsplit("/", 1)[-1] for path in paths)
+    return names[-1:] if run.metadata["strategy"] == "greedy" else names
+
+
+def _target(run: RunFile) -> tuple[str, str]:
+    return (str(run.metadata.get("dataset")), _models(run)[-1])
+
+
+def _lookahead(run: RunFile) -> int:
+    value = run.metadata.get("lookahead")
+    return value if isinstance(value, int) else 0
+
+
+def _rank(run: RunFile) -> tuple[str, int, tuple[str, ...], int]:
+    strategy = run.metadata["strategy"]
+    place = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+    return (str(run.metadata.get("dataset")), place, _models(run), _lookahead(run))
+
+
+def _label(run: RunFile, name_dataset: bool) -> str:
+    parts = [str(run.metadata["strategy"]), " > ".join(_models(run))]
+    if run.metadata["strategy"] != "greedy":
+        is_auto = run.metadata.get("lookahead_mode") == "auto"
+        parts.append("auto" if is_auto else f"lookahead {_lookahead(run)}")
+    if name_dataset:
+        parts.append(str(run.metadata.get("dataset")))
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
