@@ -97,8 +97,9 @@ class StageSession:
         endpoint, digest = self._endpoint, self.spec.digest
         self.report(Hello(self.index, os.getpid(), digest, tokenizer_digest, endpoint))
 
-    def await_connect(self) -> bool:
-        """Waits for the launcher to say where the next stage listens, and opens that link.
+    def await_neighbours(self) -> bool:
+        """Opens the link to the next stage, once the launcher has said where that listens, and waits
+        until the stage above has opened its own: the first request shall find all links there.
 
         Returns:
             False if the launcher said to shut down instead.
@@ -107,15 +108,31 @@ class StageSession:
             StageError: nothing came for longer than the launcher waits for all stages.
         """
         deadline = time.monotonic() + self.spec.ready_timeout_s
-        while time.monotonic() < deadline:
-            for frame in self.transport.receive_from(Link.LAUNCHER, timeout_s=0.5):
+        is_connected, is_heard = False, self.index == 0
+        while not (is_connected and is_heard):
+            if time.monotonic() > deadline:
+                missing = "the stage above" if is_connected else "the launcher"
+                waited_s = self.spec.ready_timeout_s
+                raise StageError(f"stage {self.index} heard nothing of {missing} for {waited_s:g} s")
+            if not is_heard:
+                is_heard = bool(self.transport.receive_from(Link.UP, timeout_s=0.05))
+            wait_s = 0.5 if is_heard else 0.05
+            for frame in self.transport.receive_from(Link.LAUNCHER, wait_s):
                 if isinstance(frame.message, Shutdown):
                     return False
                 if isinstance(frame.message, Connect):
-                    if not self.is_target:
-                        self.transport.connect(Link.DOWN, frame.message.endpoint)
-                    return True
-        raise StageError(f"stage {self.index} heard nothing for {self.spec.ready_timeout_s:g} s")
+                    self._greet_next(frame.message.endpoint)
+                    is_connected = True
+        return True
+
+    def _greet_next(self, endpoint: str) -> None:
+        if self.is_target:
+            return
+        self.transport.connect(Link.DOWN, endpoint)
+        below = self.spec.stages[self.index + 1].incarnation
+        hello = Hello(self.index, os.getpid(), "", "", "")
+        frame = Frame(self.index, self.stage.incarnation, below, next(self._sequence), hello)
+        self.transport.send(Link.DOWN, frame)
 
 
 def load_stage_runner(session: StageSession) -> ModelRunner:
@@ -163,7 +180,7 @@ def serve_model(session: StageSession, load: LoadRunner = load_stage_runner) -> 
         session.enter("warming up")
         if runner.info.weight_bytes:  # a runner without weights has nothing to prepare
             warm_up(runner, spec.schedule.run_ahead + 1)
-        if not session.await_connect():
+        if not session.await_neighbours():
             return
         session.report(Ready(time.monotonic() - started_at, describe(runner)))
         StageLoop(

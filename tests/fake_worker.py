@@ -22,7 +22,7 @@ NUM_GOOD_FORWARDS = 20
 
 def get_ready(session: StageSession) -> None:
     session.say_hello(DIGEST)
-    assert session.await_connect()
+    assert session.await_neighbours()
     session.report(Ready(0.25, {"environment": dict(os.environ)}))
 
 
@@ -98,7 +98,7 @@ def understand_something_else(session: StageSession) -> None:
 
 def have_another_tokenizer(session: StageSession) -> None:
     session.say_hello("digest of another tokenizer")
-    session.await_connect()
+    session.await_neighbours()
 
 
 class FailingRunner:
@@ -151,7 +151,7 @@ def exit_while_loading(session: StageSession) -> None:
 def lose_every_request(session: StageSession) -> None:
     """Lives, and says that it has nothing to do whatever it is given."""
     session.say_hello(load_stage_tokenizer(session.stage).digest)
-    assert session.await_connect()
+    assert session.await_neighbours()
     session.report(Ready(0.25, {}))
     while not any(
         isinstance(frame.message, Shutdown) for _, frame in session.transport.receive(0.05)

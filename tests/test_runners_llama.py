@@ -166,6 +166,15 @@ def test_older_configs_say_the_same_in_other_words(make: Make, tmp_path: Path) -
     assert read_architecture(tmp_path) == read_architecture(folder)
 
 
+def test_older_configs_say_by_number_which_layers_have_a_window(make: Make, tmp_path: Path) -> None:
+    folder = make("qwen2, window in the second layer")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("layer_types") == ["full_attention", "sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_architecture(tmp_path) == read_architecture(folder)
+    assert read_architecture(folder).windows == (None, 8)
+
+
 @pytest.mark.parametrize("variant", ["llama", "mistral, window"])
 @pytest.mark.parametrize("length", [63, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
 def test_long_prompts_are_fed_in_chunks_that_do_not_show(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,26 @@ def assert_same(
         assert divergence.margin is not None and divergence.margin < NEAR_TIE, divergence
 
 
-def transformers_greedy(prompt: Sequence[int], num_tokens: int, folder: Path) -> list[int]:
+@cache
+def transformers_model(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@cache
+def transformers_greedy(prompt: tuple[int, ...], folder: Path) -> list[int]:
+    """What `generate` of transformers writes, as long as `SHORT`."""
+    import torch
+
     ids = torch.tensor([prompt])
     with torch.inference_mode():
-        output = model.generate(
+        output = transformers_model(folder).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=num_tokens,
+            max_new_tokens=SHORT.max_new_tokens,
             pad_token_id=0,
         )
     written: list[int] = output[0, len(prompt) :].tolist()
@@ -117,7 +126,7 @@ def test_the_text_is_what_transformers_writes_with_the_target_alone(
     assert folder is not None
     with chain_or_pipeline(strategy, hierarchy, Schedule()) as decoder:
         for prompt in prompts[:4]:
-            expected = transformers_greedy(prompt, SHORT.max_new_tokens, folder)
+            expected = transformers_greedy(prompt, folder)
             assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, hierarchy)
 
 
@@ -127,7 +136,7 @@ def test_greedy_writes_what_transformers_writes(
     folder = greedy.hierarchy.folders[-1]
     assert folder is not None
     for prompt in prompts:
-        expected = transformers_greedy(prompt, SHORT.max_new_tokens, folder)
+        expected = transformers_greedy(prompt, folder)
         found = greedy.generate(prompt, SHORT).token_ids
         assert_same(expected, found, prompt, greedy.hierarchy)
 
