@@ -49,6 +49,10 @@ class Policy(Protocol):
         """Candidates to wait for, and for how many seconds at most (None: without limit)."""
         ...
 
+    def use(self, num_candidates: int) -> int:
+        """How many of so many candidates to verify now; the others stay for the next step."""
+        ...
+
     def on_step(self, result: StepResult) -> None:
         """A forward is done."""
         ...
@@ -71,6 +75,9 @@ class FixedWait:
     def wait(self, situation: Situation) -> tuple[int, float | None]:
         return self.num_candidates, self.patience_s
 
+    def use(self, num_candidates: int) -> int:
+        return num_candidates
+
     def on_step(self, result: StepResult) -> None:
         pass
 
@@ -79,7 +86,11 @@ class FixedWait:
 
 
 class StepTimes:
-    """Running mean step time by query length, interpolated between the lengths seen."""
+    """Running mean step time by query length, interpolated between the lengths seen.
+
+    Outside of them it is hopeful, so that a policy tries what it has not measured: a longer step
+    costs no more than the longest seen, a shorter one up to half less than the shortest.
+    """
 
     def __init__(self, weight: float = 0.2) -> None:
         self._weight = weight
@@ -102,8 +113,10 @@ class StepTimes:
         if right == len(self._lengths):
             return self._mean_s[self._lengths[-1]]
         above = self._lengths[right]
-        if right == 0 or above == query_length:
+        if above == query_length:
             return self._mean_s[above]
+        if right == 0:
+            return self._mean_s[above] * 0.5 * (1.0 + query_length / above)
         below = self._lengths[right - 1]
         share = (query_length - below) / (above - below)
         return (1 - share) * self._mean_s[below] + share * self._mean_s[above]
@@ -143,7 +156,8 @@ def cycle_rate(
 
 
 class AdaptiveWait:
-    """After a mismatch, wait for as many candidates as maximise tokens per second.
+    """After a mismatch, wait for as many candidates as maximise tokens per second, and never verify
+    more at once than pay for the longer step.
 
     None are waited for once so many are at hand. Acceptance, the time to draft a token and step
     times are running means of what this stage has seen. overlaps: the stage above drafts on while
@@ -162,6 +176,7 @@ class AdaptiveWait:
         self._drafting_since_s: float | None = None
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
+        self._most = max_candidates
         self.batch = 1
 
     @property
@@ -175,6 +190,9 @@ class AdaptiveWait:
             return wanted, None
         missing = max(0, wanted - situation.num_candidates)
         return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_s())
+
+    def use(self, num_candidates: int) -> int:
+        return min(num_candidates, self._most)
 
     def _draft_s(self) -> float:
         if self._num_drafted:
@@ -191,12 +209,19 @@ class AdaptiveWait:
             self._observe_acceptance(result)
         self._num_steps += 1
         if self._num_steps % 4 == 0 and self._max_candidates:
-            # A chain that waits for none never drafts, and would never learn that it should.
+            # A chain that verifies none never drafts, and would never learn that it should.
             least = 0 if self._overlaps else 1
-            self._wanted = max(range(least, self._max_candidates + 1), key=self._rate)
+            self._most = max(range(1, self._max_candidates + 1), key=self._step_rate)
+            self._wanted = max(range(least, self._most + 1), key=self._cycle_rate)
 
-    def _rate(self, wait: int) -> float:
-        args = (self.acceptance, self._draft_s(), self._steps, wait, self._max_candidates)
+    def _step_rate(self, num_candidates: int) -> float:
+        """Tokens per second of a step that verifies so many candidates."""
+        step_s = self._steps.estimate(num_candidates + 1)
+        assert step_s is not None
+        return expected_tokens(self.acceptance, num_candidates) / step_s
+
+    def _cycle_rate(self, wait: int) -> float:
+        args = (self.acceptance, self._draft_s(), self._steps, wait, self._most)
         return cycle_rate(*args, overlaps=self._overlaps)
 
     def _observe_acceptance(self, result: StepResult) -> None:

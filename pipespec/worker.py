@@ -98,8 +98,8 @@ class StageSession:
         self.report(Hello(self.index, os.getpid(), digest, tokenizer_digest, endpoint))
 
     def await_neighbours(self) -> bool:
-        """Opens the link to the next stage, once the launcher has said where that listens, and waits
-        until the stage above has opened its own: the first request shall find all links there.
+        """Opens the link to the next stage, once the launcher has said where that listens, and
+        waits until the stage above has opened its own: the first request shall find all links.
 
         Returns:
             False if the launcher said to shut down instead.
@@ -113,7 +113,9 @@ class StageSession:
             if time.monotonic() > deadline:
                 missing = "the stage above" if is_connected else "the launcher"
                 waited_s = self.spec.ready_timeout_s
-                raise StageError(f"stage {self.index} heard nothing of {missing} for {waited_s:g} s")
+                raise StageError(
+                    f"stage {self.index} heard nothing of {missing} for {waited_s:g} s"
+                )
             if not is_heard:
                 is_heard = bool(self.transport.receive_from(Link.UP, timeout_s=0.05))
             wait_s = 0.5 if is_heard else 0.05

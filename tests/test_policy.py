@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from pipespec.config import Schedule
@@ -34,6 +36,13 @@ def test_step_times_interpolate_between_the_lengths_seen() -> None:
     times.observe(5, 3.0)
     assert times.estimate(3) == pytest.approx(2.0)
     assert times.estimate(9) == pytest.approx(3.0)
+
+
+def test_a_step_shorter_than_any_seen_is_worth_a_try() -> None:
+    times = StepTimes()
+    times.observe(9, 4.0)
+    assert times.estimate(9) == pytest.approx(4.0)
+    assert 2.0 < (times.estimate(1) or 0.0) < 2.5
 
 
 def test_the_original_policy_waits_for_nothing_beyond_its_lookahead() -> None:
@@ -81,9 +90,13 @@ def test_a_synchronous_chain_that_meets_bad_drafts_still_drafts_one_token() -> N
 
 
 def tokens_per_step_time(
-    acceptance: float, draft_s: float, policy: AdaptiveWait | FixedWait, num_tokens: int = 1000
+    acceptance: float,
+    draft_s: float,
+    policy: AdaptiveWait | FixedWait,
+    num_tokens: int = 1000,
+    step_s: Callable[[int], float] = lambda q: 1.0 + 0.04 * max(0, q - 6),
 ) -> float:
-    """Throughput of a simulated pair in target steps, greedy being 1."""
+    """Throughput of a simulated pair in target steps of one token, greedy being 1."""
     scenario = Scenario.random(3)
     submit = scenario.submits()[0]
     submit = type(submit)(1, submit.prompt, (), submit.sampling, num_tokens, (), ())
@@ -93,8 +106,7 @@ def tokens_per_step_time(
             Oracle(acceptance, 4096),
         ),
         SimStage(
-            lambda: Role(1, 2, 16, 16), lambda: policy, lambda q: 1.0 + 0.04 * max(0, q - 6),
-            Oracle(1.0, 4096),
+            lambda: Role(1, 2, 16, 16), lambda: policy, step_s, Oracle(1.0, 4096),
         ),
     ]  # fmt: skip
     report = Simulation(stages, [submit], latency_s=1e-4, verify=False).run()
@@ -108,6 +120,14 @@ def test_adaptive_waiting_beats_verifying_whatever_is_there_when_drafts_are_chea
     original = tokens_per_step_time(acceptance, draft_s, FixedWait(0, 1.0))
     adaptive = tokens_per_step_time(acceptance, draft_s, AdaptiveWait(16))
     assert adaptive > 1.1 * original
+
+
+def test_where_verifying_is_dear_only_candidates_that_pay_are_verified() -> None:
+    """As on a core without spare arithmetic: each further token costs 0.3 of a step."""
+    all_of_them = tokens_per_step_time(0.6, 0.1, FixedWait(1, None), step_s=lambda q: 0.7 + 0.3 * q)
+    adaptive = tokens_per_step_time(0.6, 0.1, AdaptiveWait(16), step_s=lambda q: 0.7 + 0.3 * q)
+    assert adaptive > 1.2 * all_of_them
+    assert adaptive > 1.1, "slower than greedy would be no use"
 
 
 @pytest.mark.parametrize("acceptance", [0.6, 0.8, 0.9])

@@ -32,7 +32,7 @@ def draft(prefix: Sequence[int], tokens: Sequence[int], last: bool = False) -> D
 
 
 def step(state: RequestState, draws: Sequence[int]) -> list[Outgoing]:
-    state.begin_step()
+    state.begin_step(16)
     return state.end_step(draws, 0.0, 1.0)
 
 
@@ -96,7 +96,7 @@ def test_a_correction_leaves_the_rejected_token_out_of_the_cache() -> None:
     state.on_draft(draft([], [1, 2, 3]))
     step(state, [1, 9, 8, 4])
     assert state.kv_valid == len(PROMPT) + 1
-    assert state.begin_step().ids == (9,)
+    assert state.begin_step(16).ids == (9,)
 
 
 def test_the_bonus_token_is_fed_at_the_next_step() -> None:
@@ -104,7 +104,7 @@ def test_the_bonus_token_is_fed_at_the_next_step() -> None:
     state.on_draft(draft([], [1, 2]))
     step(state, [1, 2, 3])
     assert state.kv_valid == len(PROMPT) + 2
-    assert state.begin_step().ids == (3,)
+    assert state.begin_step(16).ids == (3,)
 
 
 def test_a_verdict_rolls_back_and_is_passed_on_in_the_same_transition() -> None:
@@ -146,7 +146,7 @@ def test_a_verdict_out_of_order_waits_for_a_full_one() -> None:
 def test_draws_for_a_context_that_was_rolled_back_are_discarded() -> None:
     drafter = request_at(0)
     step(drafter, [1])
-    drafter.begin_step()
+    drafter.begin_step(16)
     drafter.on_verdict(Verdict(1, 1, 3, (5,), False))
     assert drafter.end_step([2], 0.0, 1.0) == []
     assert own(drafter) == [5]
@@ -156,7 +156,7 @@ def test_draws_for_a_context_that_was_rolled_back_are_discarded() -> None:
 def test_draws_survive_a_verdict_that_agrees_with_what_was_fed() -> None:
     middle = request_at(1)
     middle.on_draft(draft([], [1, 2]))
-    middle.begin_step()
+    middle.begin_step(16)
     middle.on_verdict(Verdict(1, 1, 3, (1,), False))
     middle.end_step([1, 2, 3], 0.0, 1.0)
     assert own(middle) == [1, 2, 3]
@@ -208,7 +208,7 @@ def test_candidates_are_not_used_while_the_prompt_is_computed() -> None:
     target = request_at(2)
     target.kv_valid = 0
     target.on_draft(draft([], [1, 2]))
-    started = target.begin_step()
+    started = target.begin_step(16)
     assert started.ids == PROMPT
     assert started.is_prefill
 

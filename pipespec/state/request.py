@@ -211,10 +211,11 @@ class RequestState:
             self.sent = max(self.sent, end)
         return outgoing + self.flush()
 
-    def begin_step(self) -> Step:
-        """Starts a forward over what the cache lacks and as many candidates as are of use."""
+    def begin_step(self, most: int) -> Step:
+        """Starts a forward over what the cache lacks and as many candidates as are of use, at most
+        `most`."""
         assert self.can_step
-        num_candidates = 0 if self.is_prefill else min(len(self.cands), self.room - 1)
+        num_candidates = 0 if self.is_prefill else min(len(self.cands), self.room - 1, most)
         start = min(self.kv_valid, len(self.seq) - 1)
         ids = (*self.seq[start:], *self.cands[:num_candidates])
         self.step = Step(self.request, start, ids, num_candidates, self.is_prefill)

@@ -96,7 +96,7 @@ class StageState:
             if ready_at_s is not None and ready_at_s <= now_s:
                 self._turn += offset + 1
                 self._in_flight = request
-                return Decision(request.begin_step())
+                return Decision(request.begin_step(self.policy.use(len(request.cands))))
             if ready_at_s is not None:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
