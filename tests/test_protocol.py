@@ -16,11 +16,11 @@ from pipespec.simulate import scenario
 from pipespec.simulate.engine import Faults
 
 CAMPAIGNS = {
-    "RELIABLE": (scenario.RELIABLE, 1000),
-    "CRASHES": (scenario.CRASHES, 400),
-    "LOSSY": (scenario.LOSSY, 400),
-    "EVERYTHING": (scenario.EVERYTHING, 400),
-    "UNEQUAL": (scenario.UNEQUAL, 200),
+    "RELIABLE": (scenario.RELIABLE, 1500),
+    "CRASHES": (scenario.CRASHES, 500),
+    "LOSSY": (scenario.LOSSY, 500),
+    "EVERYTHING": (scenario.EVERYTHING, 500),
+    "UNEQUAL": (scenario.UNEQUAL, 300),
 }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -198,7 +199,7 @@ def _windows(
 
 
 def _tables(evaluation: Evaluation) -> tuple[Table, Table]:
-    alone = Table(title="models, on held-out text")
+    alone = Table(title="models, on held-out text", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "parameters", "bits/byte library", "bits/byte other", "repeated"):
         alone.add_column(heading, justify="left" if heading == "model" else "right")
     for m in evaluation.models:
@@ -209,7 +210,11 @@ def _tables(evaluation: Evaluation) -> tuple[Table, Table]:
             f"{m.other_bits_per_byte:.3f}",
             f"{m.repeated_share:.2f}",
         )
-    together = Table(title="draft -> target: agreement, and mean accepted at lookahead k")
+    together = Table(
+        title="draft -> target: agreement, and mean accepted at lookahead k",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for heading in ("pair", "agree (SE)", "no repeat", "real text", "k=4", "k=8"):
         together.add_column(heading, justify="left" if heading == "pair" else "right", no_wrap=True)
     for p in evaluation.pairs:
