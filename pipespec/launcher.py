@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from pipespec.config import ModelConfig, Schedule
@@ -145,12 +144,7 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self if self._transport is not None else self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     # -- requests ---------------------------------------------------------------------------

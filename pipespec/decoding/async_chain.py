@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar
 
 from pipespec.config import GenerationParams, Schedule
@@ -93,12 +92,7 @@ class AsyncChainSpeculativeDecoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def run(self, submit: Submit) -> Generator[Batch, None, None]:

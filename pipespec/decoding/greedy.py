@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from types import TracebackType
 from typing import Any, Self
 
 from pipespec.config import GenerationParams
@@ -53,12 +52,7 @@ class GreedyDecoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def run(self, submit: Submit) -> Generator[Batch, None, None]:

@@ -17,11 +17,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from pipespec.errors import ModelLoadError, PipeSpecError
+from pipespec.errors import ModelLoadError
 from pipespec.runners.base import Row, RunnerInfo
-from pipespec.runners.memory import is_out_of_memory, out_of_memory_as
-from pipespec.runners.rows import check_row, chunks, draw_positions, no_room
-from pipespec.sampling import draw
+from pipespec.runners.drawing import draw_rows
+from pipespec.runners.memory import is_out_of_memory
+from pipespec.runners.rows import check_row, chunks
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +90,8 @@ class HfRunner:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Feeds every row in turn; `result[r]` holds the draws of `rows[r]`.
-
-        Raises:
-            PipeSpecError: a position beyond the context or an id beyond the embedding; nothing was
-                written. Or logits that are not finite.
-        """
-        for row in rows:
-            check_row(row, self._info, self._num_embeddings)
-        size = self._info.vocab_size
-        with out_of_memory_as(PipeSpecError, no_room(self._info)):
-            return [
-                draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
-            ]
+        """See `draw_rows`."""
+        return draw_rows(rows, self._info, self._num_embeddings, self._row_logits)
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:

@@ -13,13 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import read_architecture
 from pipespec.runners.base import Row, RunnerInfo
+from pipespec.runners.drawing import draw_rows
 from pipespec.runners.llama_model import KeyValues, LlamaModel
-from pipespec.runners.memory import out_of_memory_as
-from pipespec.runners.rows import CHUNK, check_row, chunks, draw_positions, no_room
-from pipespec.sampling import draw
+from pipespec.runners.rows import CHUNK, check_row, chunks
 
 
 class _Slot:
@@ -93,19 +91,8 @@ class LlamaRunner:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Feeds every row in turn; `result[r]` holds the draws of `rows[r]`.
-
-        Raises:
-            PipeSpecError: a position beyond the context or an id beyond the embedding; nothing was
-                written. Or logits that are not finite.
-        """
-        for row in rows:
-            check_row(row, self._info, self._num_embeddings)
-        size = self._info.vocab_size
-        with out_of_memory_as(PipeSpecError, no_room(self._info)):
-            return [
-                draw(self._row_logits(row), draw_positions(row), row.sampling, size) for row in rows
-            ]
+        """See `draw_rows`."""
+        return draw_rows(rows, self._info, self._num_embeddings, self._row_logits)
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:

@@ -34,14 +34,6 @@ def check_row(row: Row, info: RunnerInfo, num_embeddings: int) -> None:
             )
 
 
-def no_room(info: RunnerInfo) -> str:
-    """What a user is told when a forward runs out of memory."""
-    return (
-        f"{info.name} ran out of memory on {info.device} during a forward; shorten the prompt, use "
-        'a smaller model or "quantize", or give it more devices'
-    )
-
-
 def draw_positions(row: Row) -> range:
     """The positions of the tokens that the row's draws choose."""
     end = row.start + len(row.ids)
