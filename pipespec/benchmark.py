@@ -56,7 +56,7 @@ def make_parser() -> Parser:
         "--num-samples",
         type=int,
         metavar="N",
-        help="the first N of the data set (default: all, except 6 of stdlib)",
+        help="the first N of the data set (default: all, except 6 of stdlib, arithmetic)",
     )
     group.add_argument(
         "--output-dir",

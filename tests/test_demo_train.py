@@ -8,19 +8,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from pipespec.checkpoint import shipped_models
 from pipespec.demo import family, train
 from pipespec.demo.batches import TokenStreams
 from pipespec.demo.corpus import SourceFile, is_held_out, source_files
 from pipespec.demo.distill import distillation_loss
 from pipespec.demo.family import train_family
+from pipespec.demo.functions import function_texts
 from pipespec.demo.learner import Learner
-from pipespec.demo.measures import Continuation, accepted_per_round
 from pipespec.demo.progress import Progress
-from pipespec.demo.settings import FamilyPlan, ModelPlan, ModelShape, Phase, TeacherPlan
+from pipespec.demo.settings import (
+    FUNCTIONS,
+    FamilyPlan,
+    ModelPlan,
+    ModelShape,
+    Phase,
+    TeacherPlan,
+)
 from pipespec.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from pipespec.errors import UsageError
 
@@ -31,7 +40,9 @@ def micro_plan() -> FamilyPlan:
     """Two models of a few thousand parameters that take a few steps in every kind of phase."""
     return FamilyPlan(
         target=ModelPlan(
-            ModelShape("target", 32, 2, 32, 16), (Phase("text", 6, 16), Phase("long text", 2, 32))
+            ModelShape("target", 32, 2, 32, 16),
+            (Phase("text", 6, 16), Phase("long text", 2, 32, FUNCTIONS)),
+            tokens_per_step=64,
         ),
         drafts=(
             ModelPlan(
@@ -41,6 +52,7 @@ def micro_plan() -> FamilyPlan:
                     Phase("distillation", 2, 16, from_target=True),
                     Phase("long distillation", 1, 32, from_target=True),
                 ),
+                tokens_per_step=64,
             ),
         ),
         teacher=TeacherPlan(
@@ -55,10 +67,16 @@ def micro_plan() -> FamilyPlan:
         max_positions=32,
         short_length=16,
         long_length=32,
-        tokens_per_step=64,
+        num_problems=50,
         warmup_steps=2,
         compile=False,
     )
+
+
+def same_streams(tokens: npt.NDArray[np.uint16]) -> TokenStreams:
+    """The same tokens under every name."""
+    names = ("library", "other", "functions", "arithmetic")
+    return TokenStreams(dict.fromkeys(names, tokens))
 
 
 def ignore(progress: Progress) -> None:
@@ -71,7 +89,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[SourceFile]:
     folder = tmp_path_factory.mktemp("sources")
     names = [f"{kind}{n}" for kind in ("module", "test_module") for n in range(8)]
     for name in names:
-        lines = [f"def {name}_{n}(value):\n    return value + {n}\n" for n in range(40)]
+        lines = [f"def {name}_{n}(a):\n    b = a + {n}\n    return b\n" for n in range(40)]
         (folder / f"{name}.py").write_text("\n".join(lines), encoding="utf-8")
     return [file for file in source_files(folder) if not is_held_out(file.module_name)]
 
@@ -138,7 +156,7 @@ class Killed(Exception):
 
 def test_a_killed_run_that_is_started_again_ends_with_the_same_weights(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, 4000).astype(np.uint16)
-    streams = TokenStreams(tokens, tokens[::-1], 0.5)
+    streams = same_streams(tokens)
     plan = micro_plan()
 
     def learner(name: str) -> Learner:
@@ -167,6 +185,37 @@ def test_a_killed_run_that_is_started_again_ends_with_the_same_weights(tmp_path:
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_windows_come_from_the_streams_in_their_shares() -> None:
+    streams = TokenStreams({"a": np.full(50, 7, np.uint16), "b": np.full(50, 9, np.uint16)})
+    rows = streams.windows(np.random.default_rng(0), 400, 5, (("a", 3.0), ("b", 1.0)))
+    assert rows.shape == (400, 5)
+    assert 0.65 < (rows == 7).float().mean() < 0.85
+    assert set(rows.unique().tolist()) == {7, 9}
+
+
+def test_beginnings_are_where_documents_begin() -> None:
+    tokens = np.array([5, 1, 1, 0, 6, 2, 2, 2, 0, 8, 3, 3, 0, 4], np.uint16)
+    streams = TokenStreams({"a": tokens})
+    rows = streams.beginnings(np.random.default_rng(0), 50, 2, (("a", 1.0),))
+    assert {tuple(row) for row in rows.tolist()} == {(6, 2), (8, 3)}
+
+
+def test_functions_become_documents_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "@cache\ndef outer(a):\n    b = a\n    return b\n\nclass C:\n    def method(self):\n"
+        "        x = 1\n        return x\n    def tiny(self): pass\n",
+        encoding="utf-8",
+    )
+    broken = tmp_path / "broken.py"
+    broken.write_text("def (:\n", encoding="utf-8")
+    files = [SourceFile("module", path), SourceFile("broken", broken), SourceFile("module", path)]
+    assert list(function_texts(files)) == [
+        "def outer(a):\n    b = a\n    return b\n",
+        "    def method(self):\n        x = 1\n        return x\n",
+    ]
+
+
 def test_a_finished_family_is_not_trained_again(files: list[SourceFile], trained: Path) -> None:
     weights = (trained / "target" / "model.safetensors").read_bytes()
     records = train_family(
@@ -184,14 +233,14 @@ def test_a_work_folder_of_other_settings_is_refused(files: list[SourceFile], tra
 
 def test_an_unreadable_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "target.pt").write_bytes(b"cut off")
-    streams = TokenStreams(np.zeros(99, np.uint16), np.zeros(99, np.uint16), 0.5)
+    streams = same_streams(np.zeros(99, np.uint16))
     with pytest.raises(UsageError, match=r"target\.pt is not a readable checkpoint"):
         Learner(micro_plan().target, micro_plan(), streams, None, tmp_path / "target.pt")
 
 
 def test_a_run_short_of_time_hurries_through_the_whole_schedule(tmp_path: Path) -> None:
     plan = micro_plan()
-    streams = TokenStreams(np.zeros(99, np.uint16), np.zeros(99, np.uint16), 0.5)
+    streams = same_streams(np.zeros(99, np.uint16))
     record = Learner(plan.target, plan, streams, None, tmp_path / "a.pt").run(1e-6, ignore)
     assert record.num_steps == 1
     assert record.cut_short
@@ -243,23 +292,14 @@ def test_the_command_says_what_each_model_took(
     assert "draft: 5 steps, 320 tokens" in capsys.readouterr().err
 
 
-def test_shipped_shapes_have_the_advertised_sizes_and_fit_the_package() -> None:
+def test_the_planned_family_fits_the_package() -> None:
     from pipespec.demo.learner import new_model
 
     plan = FamilyPlan()
     sizes = [new_model(model.shape, plan).num_parameters() for model in plan.models]
-    assert [round(size / 1e6, 1) for size in sizes] == [0.5, 2.1, 4.8]
-    assert 2 * sum(sizes) < 15_500_000
-
-
-def test_repeated_4_grams_are_those_the_prompt_or_the_text_already_had() -> None:
-    text = Continuation((1, 2, 3, 4), (1, 2, 3, 4, 5))
-    assert text.repeated() == [False, False, False, True, False]
-
-
-def test_a_round_accepts_the_run_of_agreements_and_then_corrects() -> None:
-    agrees = [True, True, False, False, True, True, True, True, True]
-    assert accepted_per_round(agrees, 4) == [2, 0, 4]
+    assert sizes == sorted(sizes)
+    tokenizers = 3 * 110_000
+    assert 2 * sum(sizes) + tokenizers < 30_000_000  # bytes in bfloat16
 
 
 def test_progress_in_a_log_file_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,12 +314,13 @@ def test_progress_in_a_log_file_is_plain_lines(capsys: pytest.CaptureFixture[str
     assert [line.strip().partition(" s  ")[2] for line in lines] == ["target: 0/3", "target: 3/3"]
 
 
-def test_the_shipped_models_index_lists_three_models_of_one_vocabulary() -> None:
-    folder = Path(family.__file__).parent / "models"
-    if not folder.exists():
-        pytest.skip("this checkout has no trained family; run pipespec.demo.train")
-    for model in FamilyPlan().models:
-        config = json.loads((folder / model.shape.name / "config.json").read_text("utf-8"))
+def test_the_shipped_models_share_vocabulary_and_context() -> None:
+    folders = shipped_models()
+    assert len(folders) == 3
+    configs = [json.loads((f / "config.json").read_text("utf-8")) for f in folders.values()]
+    tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in folders.values()}
+    assert len(tokenizers) == 1
+    for config in configs:
         assert config["vocab_size"] == FamilyPlan().vocab_size
         assert config["max_position_embeddings"] == FamilyPlan().max_positions
 

@@ -66,6 +66,14 @@ def _stdlib_rows() -> Iterator[Row]:
         yield prompt.name, {"prompt": prompt.text}
 
 
+def _arithmetic_rows() -> Iterator[Row]:
+    from pipespec.data.arithmetic import CHAT_INSTRUCTION, NUM_HELD_OUT_ROWS, arithmetic_problems
+
+    for number, problem in enumerate(arithmetic_problems("held-out", NUM_HELD_OUT_ROWS, 0), 1):
+        turn = {"role": "user", "content": f"{problem.question}\n{CHAT_INSTRUCTION}"}
+        yield f"question {number}", {"prompt": problem.prompt, "conversation": [turn]}
+
+
 BUILT_IN: Final[Mapping[str, BuiltIn]] = {
     "stdlib": BuiltIn(_stdlib_rows, default_num_samples=6),
     "humaneval": BuiltIn(
@@ -78,6 +86,8 @@ BUILT_IN: Final[Mapping[str, BuiltIn]] = {
         _column("question"),
         aliases=("openai/gsm8k", "openai/gsm8k:main"),
     ),
+    "arithmetic": BuiltIn(_arithmetic_rows, _column("prompt"), default_num_samples=6),
+    "arithmetic-chat": BuiltIn(_arithmetic_rows, _column("conversation"), default_num_samples=6),
 }
 
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
@@ -101,8 +111,8 @@ def load_dataset(
     """The first `num_samples` samples of the set called `name`.
 
     Args:
-        num_samples: None is all of them, except six of `stdlib`. More than there are is no error:
-            all are taken and a warning says so.
+        num_samples: None is all of them, except six of `stdlib` and `arithmetic`. More than there
+            are is no error: all are taken and a warning says so.
         generation_prompt: kept with the data set, for `prompt_ids`.
 
     Raises:

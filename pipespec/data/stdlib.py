@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipespec.demo.corpus import SourceFile, held_out_files, is_table_module, is_test_module
+from pipespec.demo.functions import SourceFunction, functions_of
 
 MIN_PROMPT_CHARS = 100
 MAX_PROMPT_CHARS = 700
@@ -25,8 +25,6 @@ MAX_PROMPT_CHARS = 700
 MIN_DOCSTRING_WORDS = 8
 # After a function with a shorter body there would be hardly anything left to write.
 MIN_BODY_LINES = 3
-
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,43 +69,25 @@ def _candidates(file: SourceFile) -> Iterator[_Candidate]:
     name = file.module_name
     if is_test_module(name) or is_table_module(name) or _is_private(name):
         return
-    source = file.text()
-    try:
-        with warnings.catch_warnings():
-            # Invalid escapes in somebody else's strings are no concern of our users.
-            warnings.simplefilter("ignore")
-            module = ast.parse(source)
-    except SyntaxError:
-        return
-    lines = source.split("\n")
-    for qualified_name, node, is_method in _functions(module):
-        text = None if _is_private(qualified_name) else _prompt_text(node, lines)
+    for function in functions_of(file):
+        text = None if _is_private(function.name) else _prompt_text(function)
         if text is not None:
-            yield _Candidate(StdlibPrompt(f"{name}.{qualified_name}", text), is_method)
-
-
-def _functions(module: ast.Module) -> Iterator[tuple[str, _Function, bool]]:
-    for node in module.body:
-        if isinstance(node, _Function):
-            yield node.name, node, False
-        elif isinstance(node, ast.ClassDef):
-            for member in node.body:
-                if isinstance(member, _Function):
-                    yield f"{node.name}.{member.name}", member, True
+            yield _Candidate(StdlibPrompt(f"{name}.{function.name}", text), function.is_method)
 
 
 def _is_private(dotted_name: str) -> bool:
     return any(part.startswith("_") for part in dotted_name.split("."))
 
 
-def _prompt_text(node: _Function, lines: list[str]) -> str | None:
+def _prompt_text(function: SourceFunction) -> str | None:
     """From the `def` line to the docstring's last line, or None where that makes no good prompt."""
+    node = function.node
     docstring = ast.get_docstring(node)
     if docstring is None or len(node.body) < 2:
         return None
     end, last = node.body[0].end_lineno, node.end_lineno
     assert end is not None and last is not None
-    text = "\n".join(lines[node.lineno - 1 : end]) + "\n"
+    text = function.text(end)
     good = (
         MIN_PROMPT_CHARS <= len(text) <= MAX_PROMPT_CHARS
         and len(docstring.split()) >= MIN_DOCSTRING_WORDS

@@ -2,13 +2,16 @@
 
 A step's windows depend on the seed, the model's name and the step's number only, which is what
 makes a resumed run the same as an uninterrupted one. Documents follow each other with an
-end-of-text token between them; a window may begin anywhere and may span two documents.
+end-of-text token between them; a window may begin anywhere and may span several documents.
+
+There are four streams: `library` modules, `other` (tests and tables), the library's `functions`
+once more as documents of their own, and `arithmetic` problems.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,10 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
+from pipespec.data.arithmetic import arithmetic_text
 from pipespec.demo.corpus import SourceFile, is_table_module, is_test_module
+from pipespec.demo.functions import function_texts
+from pipespec.demo.settings import Shares
 from pipespec.demo.tokenizer import END_OF_TEXT_ID
 from pipespec.errors import UsageError
 
@@ -26,20 +32,36 @@ Tokens = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True, slots=True)
 class TokenStreams:
-    """The train side as two token streams: library modules, and tests together with tables."""
+    """The train side as token streams, by name."""
 
-    library: Tokens
-    other: Tokens
-    library_share: float
+    streams: Mapping[str, Tokens]
 
-    def windows(self, rng: np.random.Generator, num_windows: int, length: int) -> torch.Tensor:
-        """Random windows `[num_windows, length]`, int64; `library_share` of them from library."""
+    def windows(
+        self, rng: np.random.Generator, num_windows: int, length: int, shares: Shares
+    ) -> torch.Tensor:
+        """Random windows `[num_windows, length]`, int64, of the streams in `shares`."""
         rows = np.empty((num_windows, length), dtype=np.int64)
-        for row in range(num_windows):
-            stream = self.library if rng.random() < self.library_share else self.other
+        for row, stream in enumerate(self._chosen(rng, num_windows, shares)):
             start = int(rng.integers(0, len(stream) - length + 1))
             rows[row] = stream[start : start + length]
         return torch.from_numpy(rows)
+
+    def beginnings(
+        self, rng: np.random.Generator, num_windows: int, length: int, shares: Shares
+    ) -> torch.Tensor:
+        """Like `windows`, but each begins where a document does."""
+        rows = np.empty((num_windows, length), dtype=np.int64)
+        for row, stream in enumerate(self._chosen(rng, num_windows, shares)):
+            ends = np.flatnonzero(stream[: len(stream) - length] == END_OF_TEXT_ID)
+            start = 0 if len(ends) == 0 else int(rng.choice(ends)) + 1
+            rows[row] = stream[start : start + length]
+        return torch.from_numpy(rows)
+
+    def _chosen(self, rng: np.random.Generator, count: int, shares: Shares) -> Iterator[Tokens]:
+        names = [name for name, _ in shares]
+        weights = np.array([share for _, share in shares])
+        for _ in range(count):
+            yield self.streams[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
 
 
 def step_rng(seed: int, name: str, step: int) -> np.random.Generator:
@@ -48,31 +70,44 @@ def step_rng(seed: int, name: str, step: int) -> np.random.Generator:
 
 
 def build_streams(
-    tokenizer: Tokenizer, files: Sequence[SourceFile], folder: Path, library_share: float
+    tokenizer: Tokenizer, files: Sequence[SourceFile], folder: Path, num_problems: int, seed: int
 ) -> TokenStreams:
-    """Tokenize train-side files, or read what an earlier run has written to `folder`."""
-    library, other = folder / "library.npy", folder / "other.npy"
-    if not (library.exists() and other.exists()):
-        is_other = [is_test_module(f.module_name) or is_table_module(f.module_name) for f in files]
-        _write(library, tokenizer, [f for f, odd in zip(files, is_other, strict=True) if not odd])
-        _write(other, tokenizer, [f for f, odd in zip(files, is_other, strict=True) if odd])
-    return TokenStreams(np.load(library), np.load(other), library_share)
+    """Tokenize train-side files and so many arithmetic problems, or read what an earlier run has
+    written to `folder`."""
+    texts: dict[str, Callable[[], Iterable[str]]] = {
+        "library": lambda: (file.text() for file in files if not _is_other(file)),
+        "other": lambda: (file.text() for file in files if _is_other(file)),
+        "functions": lambda: function_texts(files),
+        "arithmetic": lambda: arithmetic_text(num_problems, seed),
+    }
+    for name, make_texts in texts.items():
+        if not _path(folder, name).exists():
+            _write(_path(folder, name), tokenizer, make_texts())
+    return TokenStreams({name: np.load(_path(folder, name)) for name in texts})
 
 
 def require_length(streams: TokenStreams, length: int) -> None:
     """Refuse a corpus with a stream shorter than one window."""
-    shortest = min(len(streams.library), len(streams.other))
-    if shortest <= length:
+    name, tokens = min(streams.streams.items(), key=lambda item: len(item[1]))
+    if len(tokens) <= length:
         raise UsageError(
-            f"the standard library here has {shortest} tokens of one kind, fewer than a window of "
-            f"{length}; use a Python whose standard library and its test folder are installed"
+            f"the {name} texts here have {len(tokens)} tokens, fewer than a window of {length}; "
+            "use a Python whose standard library and its test folder are installed"
         )
 
 
-def _write(path: Path, tokenizer: Tokenizer, files: Sequence[SourceFile]) -> None:
+def _is_other(file: SourceFile) -> bool:
+    return is_test_module(file.module_name) or is_table_module(file.module_name)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"
+
+
+def _write(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     pieces: list[npt.NDArray[np.uint16]] = []
     separator = np.array([END_OF_TEXT_ID], dtype=np.uint16)
-    for encoding in tokenizer.encode_batch_fast([file.text() for file in files]):
+    for encoding in tokenizer.encode_batch_fast(list(texts)):
         pieces += [np.array(encoding.ids, dtype=np.uint16), separator]
     save_array(path, np.concatenate(pieces) if pieces else separator)
 

@@ -20,9 +20,11 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from pipespec.demo.batches import TokenStreams, save_array, step_rng
 from pipespec.demo.progress import Progress, Report
-from pipespec.demo.settings import FamilyPlan, TeacherPlan
+from pipespec.demo.settings import FamilyPlan, Shares, TeacherPlan
 
 Array = npt.NDArray[np.generic]
+
+OPINION_TOKENS = 16384  # in one forward of the target over windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +92,35 @@ def teacher_shards(
     """The target's shards; those that an earlier run has finished are read, the others made."""
     teacher = plan.teacher
 
-    def text(name: str, num_windows: int, length: int) -> Shard:
+    def text(name: str, num_windows: int, length: int, shares: Shares) -> Shard:
         rng = step_rng(plan.seed, f"teacher {name}", 0)
         return _shard(
-            folder, name, lambda: streams.windows(rng, num_windows, length), target, plan, report
+            folder,
+            name,
+            lambda: streams.windows(rng, num_windows, length, shares),
+            target,
+            plan,
+            report,
         )
 
     def continuations() -> torch.Tensor:
+        """Of beginnings, as users prompt, and of text from the middle."""
         rng = step_rng(plan.seed, "teacher generated", 0)
-        prompts = streams.windows(rng, teacher.num_generated_windows, teacher.prompt_length)
-        return generate(target, prompts, plan.short_length, teacher, plan.seed, report)
+        half, length = teacher.num_generated_windows // 2, teacher.prompt_length
+        prompts = torch.cat(
+            (
+                streams.beginnings(rng, half, length, teacher.beginning_shares),
+                streams.windows(
+                    rng, teacher.num_generated_windows - half, length, teacher.long_shares
+                ),
+            )
+        )
+        mixed = prompts[torch.from_numpy(rng.permutation(len(prompts)))]
+        return generate(target, mixed, plan.short_length, teacher, plan.seed, report)
 
     return TeacherShards(
-        short=text("short", teacher.num_short_windows, plan.short_length),
-        long=text("long", teacher.num_long_windows, plan.long_length),
+        short=text("short", teacher.num_short_windows, plan.short_length, teacher.short_shares),
+        long=text("long", teacher.num_long_windows, plan.long_length, teacher.long_shares),
         generated=_shard(folder, "generated", continuations, target, plan, report),
         short_length=plan.short_length,
         generated_share=teacher.generated_share,
@@ -175,7 +192,7 @@ def _shard(
         tokens = make_tokens()
         top_ids = np.empty((*tokens.shape, plan.teacher.top), dtype=np.uint16)
         top_log_probs = np.empty(top_ids.shape, dtype=np.float16)
-        batch_size = max(1, 4 * plan.tokens_per_step // tokens.shape[1])
+        batch_size = max(1, OPINION_TOKENS // tokens.shape[1])
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
             top_log_probs[rows], top_ids[rows] = _opinion(target, tokens[rows], plan.teacher.top)

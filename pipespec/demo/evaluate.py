@@ -1,8 +1,9 @@
 """`python -m pipespec.demo.evaluate DIR`: what a demo family is worth on text it has not seen.
 
-Weak models loop, and a loop is easy to predict: agreement on greedy text is therefore given for all
-of it and for the part that repeats no 4-gram. Models run in float32, which is not what every engine
-runs them in. The held-out modules are those of the running interpreter.
+Weak models loop, and a loop is easy to predict: every figure about a pair is therefore given for
+all of the text and for the part that repeats no 4-gram. Models run in float32, which is not what
+every engine runs them in. The held-out modules are those of the running interpreter; arithmetic
+questions are generated, and held out by the numbers in them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from typing import NoReturn
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,139 +27,130 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pipespec.config import SamplingParams
+from pipespec.data.arithmetic import arithmetic_problems, is_correct
 from pipespec.data.stdlib import stdlib_prompts
-from pipespec.demo.corpus import held_out_files, is_table_module, is_test_module
-from pipespec.demo.measures import (
-    Continuation,
-    accepted_per_round,
-    agreement,
-    bits_and_choices,
-    greedy,
+from pipespec.demo.continuations import continue_texts, draft_ranks
+from pipespec.demo.corpus import held_out_files, train_files
+from pipespec.demo.evaluate_tables import print_evaluation
+from pipespec.demo.figures import (
+    PASS_AT,
+    Evaluation,
+    EvaluationSettings,
+    ModelFigures,
+    PairFigures,
+    TextSample,
 )
-from pipespec.demo.tokenizer import END_OF_TEXT_ID
+from pipespec.demo.measures import Continuation, distinct_ngrams, mean, pass_at_k, speculation
+from pipespec.demo.progress import Progress, ProgressDisplay, Report
+from pipespec.demo.real_text import is_library, read_text, windows, xz_figures
 from pipespec.errors import ModelLoadError, PipeSpecError, UsageError
 
-
-@dataclass(frozen=True, slots=True)
-class EvaluationSettings:
-    """How much is measured; a window's first half is context, its second half is scored."""
-
-    num_prompts: int = 40
-    num_tokens: int = 96
-    num_windows: int = 128
-    window_length: int = 512
+Models = Mapping[str, LlamaForCausalLM]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFigures:
-    """One model alone: size, and bits per byte on held-out library modules and on the others."""
-
-    name: str
-    num_parameters: int
-    library_bits_per_byte: float
-    other_bits_per_byte: float
-    repeated_share: float
-
-
-@dataclass(frozen=True, slots=True)
-class PairFigures:
-    """A draft against a target, on the target's greedy text and on held-out library text.
-
-    `standard_error` is that of `agreement` over prompts; it says nothing about training seeds.
-    """
-
-    draft: str
-    target: str
-    agreement: float
-    standard_error: float
-    clean_agreement: float
-    real_text_agreement: float
-    accepted_at_4: float
-    accepted_at_8: float
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Everything that is printed, and under which conditions."""
-
-    python: str
-    settings: EvaluationSettings
-    num_scored_bytes: int
-    models: tuple[ModelFigures, ...]
-    pairs: tuple[PairFigures, ...]
-
-
-def evaluate(folder: Path, settings: EvaluationSettings) -> Evaluation:
+def evaluate(folder: Path, settings: EvaluationSettings, report: Report) -> Evaluation:
     """Measure every model folder under `folder`, and every smaller model against every larger."""
     tokenizer, models = _load(folder)
-    names = sorted(models, key=lambda name: models[name].num_parameters())
-    library, library_bytes = _windows(tokenizer, True, settings)
-    other, other_bytes = _windows(tokenizer, False, settings)
-    prompts = [
-        tokenizer(prompt.text)["input_ids"] for prompt in stdlib_prompts()[: settings.num_prompts]
-    ]
+    num_parts = 2 + len(models) * (2 + len(settings.temperatures))
+    parts = iter(range(1, num_parts + 1))
+
+    def done(part: str) -> None:
+        report(Progress("evaluation", next(parts), num_parts, part))
+
+    files = held_out_files()
+    library = [file for file in files if is_library(file)]
+    other = [file for file in files if not is_library(file)]
+    library_windows, other_windows = (
+        windows(tokenizer, kind, settings.num_windows, settings.window_length)
+        for kind in (library, other)
+    )
+    library_bits, pairs_on_text = read_text(models, library_windows)
+    other_bits, _ = read_text(models, other_windows)
+    done("held-out text")
+    xz = xz_figures(library, other, train_files())
+    done("xz")
+
+    prompts = stdlib_prompts()[: settings.num_prompts]
+    prompt_ids: list[list[int]] = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     figures: list[ModelFigures] = []
     pairs: list[PairFigures] = []
-    choices: dict[str, torch.Tensor] = {}
-    for place, name in enumerate(names):
-        bits, choices[name] = bits_and_choices(models[name], library, library.shape[1] // 2)
-        other_bits, _ = bits_and_choices(models[name], other, other.shape[1] // 2)
-        texts = [greedy(models[name], prompt, settings.num_tokens) for prompt in prompts]
+    greedy: list[Continuation] = []
+    for place, (name, model) in enumerate(models.items()):
+        drafts = dict(list(models.items())[:place])
+        for temperature in (0.0, *settings.temperatures):
+            sampling = [SamplingParams(temperature, seed=seed) for seed in range(len(prompts))]
+            texts = continue_texts(model, prompt_ids, sampling, settings.num_tokens)
+            pairs += _pairs(drafts, name, texts, sampling)
+            done(f"{name} at temperature {temperature:g}")
+            if temperature == 0.0:
+                greedy = texts
         figures.append(
             ModelFigures(
                 name=name,
-                num_parameters=models[name].num_parameters(),
-                library_bits_per_byte=bits / library_bytes,
-                other_bits_per_byte=other_bits / other_bytes,
-                repeated_share=fmean(flag for text in texts for flag in text.repeated()),
+                num_parameters=model.num_parameters(),
+                library_bits_per_byte=library_bits[name],
+                other_bits_per_byte=other_bits[name],
+                distinct_4grams=distinct_ngrams(text.tokens for text in greedy),
+                repeated_share=mean(flag for text in greedy for flag in text.repeated()),
+                pass_at=_pass_at(model, tokenizer, settings),
             )
         )
-        for draft in names[:place]:
-            real = (choices[draft] == choices[name]).float().mean().item()
-            pairs.append(_pair(draft, name, models[draft], texts, real))
+        done(f"{name} at arithmetic")
     return Evaluation(
         python=platform.python_version(),
         settings=settings,
-        num_scored_bytes=library_bytes + other_bytes,
+        num_scored_bytes=library_windows.num_bytes + other_windows.num_bytes,
         models=tuple(figures),
+        xz=xz,
         pairs=tuple(pairs),
+        pairs_on_text=tuple(pairs_on_text),
+        samples=tuple(
+            TextSample(prompt.name, prompt.text, tokenizer.decode(text.tokens))
+            for prompt, text in list(zip(prompts, greedy, strict=True))[: settings.num_samples]
+        ),
     )
 
 
-def _pair(
-    draft_name: str,
-    target_name: str,
-    draft: LlamaForCausalLM,
-    texts: Sequence[Continuation],
-    real_text_agreement: float,
-) -> PairFigures:
-    agrees = [agreement(draft, text) for text in texts]
-    by_prompt = torch.tensor([fmean(flags) for flags in agrees])
-    clean = [
-        flag
-        for flags, text in zip(agrees, texts, strict=True)
-        for flag, repeated in zip(flags, text.repeated(), strict=True)
-        if not repeated
+def _pairs(
+    drafts: Models, target: str, texts: Sequence[Continuation], sampling: Sequence[SamplingParams]
+) -> list[PairFigures]:
+    """Each draft on texts of the target."""
+    ranks = [
+        draft_ranks(list(drafts.values()), text, params)
+        for text, params in zip(texts, sampling, strict=True)
     ]
+    clean = [[not flag for flag in text.repeated()] for text in texts]
+    figures: list[PairFigures] = []
+    for place, draft in enumerate(drafts):
+        by_text = [of_drafts[place] for of_drafts in ranks]
+        plain, not_repeated = speculation(by_text), speculation(by_text, clean)
+        figures.append(PairFigures(draft, target, sampling[0].temperature, plain, not_repeated))
+    return figures
 
-    def accepted(lookahead: int) -> float:
-        rounds = [n for flags in agrees for n in accepted_per_round(flags, lookahead)]
-        return fmean(rounds) if rounds else 0.0
 
-    spread = by_prompt.std().item() if len(by_prompt) > 1 else float("nan")
-    return PairFigures(
-        draft=draft_name,
-        target=target_name,
-        agreement=fmean(flag for flags in agrees for flag in flags),
-        standard_error=spread / len(by_prompt) ** 0.5,
-        clean_agreement=fmean(clean) if clean else 0.0,
-        real_text_agreement=real_text_agreement,
-        accepted_at_4=accepted(4),
-        accepted_at_8=accepted(8),
-    )
+def _pass_at(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: EvaluationSettings
+) -> dict[int, float | None]:
+    """pass@k on held-out arithmetic, of the k there are answers enough for."""
+    problems = arithmetic_problems("held-out", settings.num_questions, seed=0)
+    prompts: list[list[int]] = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    num_correct = [0] * len(problems)
+    for seed in range(settings.num_answers):
+        sampling = [SamplingParams(settings.answer_temperature, seed=seed)] * len(problems)
+        texts = continue_texts(model, prompts, sampling, settings.answer_tokens)
+        for index, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+            answer = tokenizer.decode(text.tokens, skip_special_tokens=True)
+            num_correct[index] += is_correct(problem, answer)
+    return {
+        k: mean(pass_at_k(settings.num_answers, correct, k) for correct in num_correct)
+        for k in PASS_AT
+        if k <= settings.num_answers
+    }
 
 
 def _load(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, LlamaForCausalLM]]:
+    """The tokenizer, and the models by name, smallest first."""
     folders = sorted(path.parent for path in folder.glob("*/config.json"))
     if not folders:
         raise UsageError(
@@ -176,90 +166,88 @@ def _load(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, LlamaForCaus
     except (OSError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         raise ModelLoadError(f"cannot load the models in {folder}: {first_line}") from error
-    return tokenizer, models
+    return tokenizer, dict(sorted(models.items(), key=lambda item: item[1].num_parameters()))
 
 
-def _windows(
-    tokenizer: PreTrainedTokenizerFast, library: bool, settings: EvaluationSettings
-) -> tuple[torch.Tensor, int]:
-    """Windows spread evenly over the held-out modules, and the bytes of their scored halves."""
-    tokens: list[int] = []
-    for file in held_out_files():
-        is_other = is_test_module(file.module_name) or is_table_module(file.module_name)
-        if is_other != library:
-            tokens += [*tokenizer(file.text(), verbose=False)["input_ids"], END_OF_TEXT_ID]
-    length = settings.window_length
-    starts = torch.linspace(0, len(tokens) - length, settings.num_windows).long().tolist()
-    windows = torch.tensor([tokens[start : start + length] for start in starts])
-    # In a byte-level vocabulary every character of an entry stands for one byte.
-    entries = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    special = set(tokenizer.all_special_ids)
-    num_bytes = torch.tensor([0 if i in special else len(entry) for i, entry in enumerate(entries)])
-    return windows, int(num_bytes[windows[:, length // 2 :]].sum())
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage text."""
+        raise UsageError(f"{message}; see --help")
 
 
-def _tables(evaluation: Evaluation) -> tuple[Table, Table]:
-    alone = Table(title="models, on held-out text", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("model", "parameters", "bits/byte library", "bits/byte other", "repeated"):
-        alone.add_column(heading, justify="left" if heading == "model" else "right")
-    for m in evaluation.models:
-        alone.add_row(
-            m.name,
-            f"{m.num_parameters:,}",
-            f"{m.library_bits_per_byte:.3f}",
-            f"{m.other_bits_per_byte:.3f}",
-            f"{m.repeated_share:.2f}",
-        )
-    together = Table(
-        title="draft -> target: agreement, and mean accepted at lookahead k",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+def _parser() -> argparse.ArgumentParser:
+    defaults = EvaluationSettings()
+    parser = _Parser(
+        prog="python -m pipespec.demo.evaluate",
+        description="Measure a demo family on the standard library's held-out modules and on "
+        "held-out arithmetic questions.",
     )
-    for heading in ("pair", "agree (SE)", "no repeat", "real text", "k=4", "k=8"):
-        together.add_column(heading, justify="left" if heading == "pair" else "right", no_wrap=True)
-    for p in evaluation.pairs:
-        together.add_row(
-            f"{p.draft} -> {p.target}",
-            f"{p.agreement:.3f} ({p.standard_error:.3f})",
-            f"{p.clean_agreement:.3f}",
-            f"{p.real_text_agreement:.3f}",
-            f"{p.accepted_at_4:.2f}",
-            f"{p.accepted_at_8:.2f}",
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the model folders")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    def number(flag: str, default: int, says: str) -> None:
+        parser.add_argument(flag, type=int, default=default, help=f"{says} (default: {default})")
+
+    number("--prompts", defaults.num_prompts, "texts that each model writes")
+    number("--tokens", defaults.num_tokens, "their length")
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=list(defaults.temperatures),
+        help="of the texts beside the greedy ones (default: 1)",
+    )
+    number("--windows", defaults.num_windows, "pieces of held-out text")
+    number("--questions", defaults.num_questions, "held-out arithmetic questions; 0 asks none")
+    number("--answers", defaults.num_answers, "sampled answers to each")
+    number("--samples", defaults.num_samples, "texts of the largest model to print")
+    number("--threads", torch.get_num_threads(), "CPU threads")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> EvaluationSettings:
+    for flag in ("prompts", "tokens", "windows", "questions", "answers", "samples", "threads"):
+        least = 0 if flag in ("questions", "samples") else 1
+        if getattr(options, flag) < least:
+            raise UsageError(f"--{flag} is {getattr(options, flag)}; give at least {least}")
+    if options.samples > options.prompts:
+        raise UsageError(
+            f"--samples is {options.samples}, more than the {options.prompts} texts of --prompts"
         )
-    return alone, together
+    for temperature in options.temperatures:
+        if not 0.0 < temperature < float("inf"):
+            raise UsageError(f"--temperatures has {temperature:g}; give numbers above 0")
+    return EvaluationSettings(
+        num_prompts=options.prompts,
+        num_tokens=options.tokens,
+        temperatures=tuple(options.temperatures),
+        num_windows=options.windows,
+        num_questions=options.questions,
+        num_answers=options.answers,
+        num_samples=options.samples,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    defaults = EvaluationSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m pipespec.demo.evaluate",
-        description="Measure a demo family on the standard library's held-out modules.",
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the model folders")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--prompts", type=int, default=defaults.num_prompts)
-    parser.add_argument("--tokens", type=int, default=defaults.num_tokens)
-    parser.add_argument("--windows", type=int, default=defaults.num_windows)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args(arguments)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     transformers_logging.disable_progress_bar()
     try:
-        for flag in ("prompts", "tokens", "windows", "threads"):
-            if getattr(options, flag) < 1:
-                raise UsageError(f"--{flag} is {getattr(options, flag)}; give at least 1")
+        options = _parser().parse_args(arguments)
+        settings = _settings(options)
         torch.set_num_threads(options.threads)
-        settings = EvaluationSettings(options.prompts, options.tokens, options.windows)
-        evaluation = evaluate(options.folder, settings)
+        with ProgressDisplay(errors) as display:
+            evaluation = evaluate(options.folder, settings, display.show)
     except PipeSpecError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}", markup=False)
         return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        return 130
     if options.json:
         sys.stdout.write(json.dumps(asdict(evaluation), indent=2) + "\n")
     else:
-        console = Console()
-        for table in _tables(evaluation):
-            console.print(table)
+        print_evaluation(evaluation, Console())
     return 0
 
 

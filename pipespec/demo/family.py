@@ -12,6 +12,7 @@ import multiprocessing.queues
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from pipespec.data.arithmetic import arithmetic_text
 from pipespec.demo.batches import TokenStreams, build_streams, require_length
 from pipespec.demo.corpus import SourceFile, is_held_out
 from pipespec.demo.distill import open_shards, teacher_shards
@@ -54,7 +56,7 @@ def train_family(
     torch.set_num_threads(num_threads)
     _claim(work, plan, files)
     tokenizer = _tokenizer(plan, files, work)
-    streams = build_streams(tokenizer, files, work / "tokens", plan.library_share)
+    streams = _streams(plan, tokenizer, files, work)
     require_length(streams, plan.long_length)
     target, record = _train_one(plan.target, plan, work, out, limit_s * TARGET_TIME_SHARE, report)
     teacher_shards(target.eval(), streams, plan, work / "teacher", report)
@@ -106,11 +108,19 @@ def _claim(work: Path, plan: FamilyPlan, files: Sequence[SourceFile]) -> None:
 def _tokenizer(plan: FamilyPlan, files: Sequence[SourceFile], work: Path) -> Tokenizer:
     path = _tokenizer_path(work)
     if not path.exists():
-        tokenizer = train_tokenizer((file.text() for file in files), plan.vocab_size)
+        problems = arithmetic_text(plan.num_problems // 10, plan.seed)
+        texts = chain((file.text() for file in files), problems)
+        tokenizer = train_tokenizer(texts, plan.vocab_size)
         partial = path.with_name(path.name + ".partial")
         tokenizer.save(str(partial))
         partial.replace(path)
     return Tokenizer.from_file(str(path))
+
+
+def _streams(
+    plan: FamilyPlan, tokenizer: Tokenizer, files: Sequence[SourceFile], work: Path
+) -> TokenStreams:
+    return build_streams(tokenizer, files, work / "tokens", plan.num_problems, plan.seed)
 
 
 def _tokenizer_path(work: Path) -> Path:
@@ -121,7 +131,7 @@ def _train_one(
     model_plan: ModelPlan, plan: FamilyPlan, work: Path, out: Path, limit_s: float, report: Report
 ) -> tuple[LlamaForCausalLM, TrainingRecord]:
     tokenizer = Tokenizer.from_file(str(_tokenizer_path(work)))
-    streams: TokenStreams = build_streams(tokenizer, (), work / "tokens", plan.library_share)
+    streams = _streams(plan, tokenizer, (), work)
     needs_target = any(phase.from_target for phase in model_plan.phases)
     shards = open_shards(plan, work / "teacher") if needs_target else None
     name = model_plan.shape.name

@@ -131,7 +131,7 @@ class Learner:
         return TrainingRecord(
             name=self._model_plan.shape.name,
             num_steps=self._step,
-            num_tokens=self._step * self._plan.tokens_per_step,
+            num_tokens=self._step * self._model_plan.tokens_per_step,
             loss=self._loss,
             elapsed_s=self._elapsed_s,
             cut_short=self._step < self._model_plan.num_steps,
@@ -148,12 +148,12 @@ class Learner:
     def _take_step(self, place: int) -> None:
         phase = self._model_plan.phase_at(place)
         rng = step_rng(self._plan.seed, self._model_plan.shape.name, self._step)
-        num_windows = max(1, self._plan.tokens_per_step // phase.window_length)
+        num_windows = max(1, self._model_plan.tokens_per_step // phase.window_length)
         if phase.from_target:
             assert self._shards is not None
             loss = self._target_loss(*self._shards.batch(rng, num_windows, phase.window_length))
         else:
-            windows = self._streams.windows(rng, num_windows, phase.window_length + 1)
+            windows = self._streams.windows(rng, num_windows, phase.window_length + 1, phase.shares)
             loss = self._text_loss(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -195,7 +195,7 @@ class Learner:
     def _progress(self, limit_s: float) -> Progress:
         num_steps = self._model_plan.num_steps
         phase = self._model_plan.phase_at(min(self._place(limit_s), num_steps - 1)).name
-        speed = self._step * self._plan.tokens_per_step / max(self._elapsed_s, 1e-9)
+        speed = self._step * self._model_plan.tokens_per_step / max(self._elapsed_s, 1e-9)
         note = f"{phase}, loss {self._loss:.3f}, {self._elapsed_s:.0f} s, {speed:,.0f} tokens/s"
         return Progress(self._model_plan.shape.name, self._step, num_steps, note)
 

@@ -25,17 +25,26 @@ class ModelShape:
         return self.hidden_size // self.head_dim
 
 
+Shares = tuple[tuple[str, float], ...]  # stream's name, its weight among those named
+
+TEXT: Shares = (("library", 0.58), ("other", 0.30), ("arithmetic", 0.12))
+LONG_TEXT: Shares = (("library", 0.70), ("other", 0.30))
+FUNCTIONS: Shares = (("functions", 0.60), ("library", 0.25), ("arithmetic", 0.15))
+BEGINNINGS: Shares = (("functions", 0.80), ("arithmetic", 0.20))
+
+
 @dataclass(frozen=True, slots=True)
 class Phase:
     """A stretch of training: so many steps at one window length, on text or on the target.
 
-    `from_target` means that the model learns the target's distribution (distillation) instead of
-    the text's next token.
+    shares: which text, and how much of each. from_target: the model learns the target's
+    distribution (distillation) instead of the text's next token.
     """
 
     name: str
     num_steps: int
     window_length: int
+    shares: Shares = TEXT
     from_target: bool = False
 
 
@@ -45,6 +54,7 @@ class ModelPlan:
 
     shape: ModelShape
     phases: tuple[Phase, ...]
+    tokens_per_step: int = 4096
     matrix_learning_rate: float = 5e-3
     embedding_learning_rate: float = 2e-3
 
@@ -67,13 +77,18 @@ class TeacherPlan:
     """How much of the target's opinion is written down for the smaller models to learn from.
 
     The `top` likeliest tokens of each position are kept. Half of the generated windows are greedy,
-    half are sampled.
+    half are sampled; half begin with the beginning of a document, half with any text.
     """
 
     top: int = 32
-    num_short_windows: int = 4096
-    num_long_windows: int = 640
-    num_generated_windows: int = 1024
+    num_short_windows: int = 6144
+    num_long_windows: int = 768
+    num_generated_windows: int = 1536
+    short_shares: Shares = (
+        ("library", 0.40), ("other", 0.15), ("functions", 0.33), ("arithmetic", 0.12),
+    )  # fmt: skip
+    long_shares: Shares = LONG_TEXT
+    beginning_shares: Shares = BEGINNINGS
     prompt_length: int = 48
     batch_size: int = 128
     temperature: float = 0.8
@@ -81,23 +96,29 @@ class TeacherPlan:
 
 
 TARGET = ModelPlan(
-    ModelShape("target-5M", 256, 5, 640, 64),
-    (Phase("text", 1700, 256), Phase("long text", 400, 1024)),
+    ModelShape("target-12M", 384, 6, 960, 64),
+    (
+        Phase("text", 3500, 256),
+        Phase("long text", 700, 1024, LONG_TEXT),
+        Phase("functions", 700, 512, FUNCTIONS),
+    ),
+    tokens_per_step=8192,
+    matrix_learning_rate=4e-3,
 )
 MIDDLE = ModelPlan(
-    ModelShape("middle-2M", 192, 3, 512, 64),
+    ModelShape("middle-2M", 224, 2, 448, 32),
     (
-        Phase("text", 350, 256),
-        Phase("distillation", 800, 256, from_target=True),
-        Phase("long distillation", 120, 1024, from_target=True),
+        Phase("text", 500, 256),
+        Phase("distillation", 1500, 256, from_target=True),
+        Phase("long distillation", 200, 1024, from_target=True),
     ),
 )
 DRAFT = ModelPlan(
-    ModelShape("draft-0.5M", 96, 2, 128, 32),
+    ModelShape("draft-0.8M", 128, 1, 512, 32),
     (
         Phase("text", 600, 256),
-        Phase("distillation", 1500, 256, from_target=True),
-        Phase("long distillation", 200, 1024, from_target=True),
+        Phase("distillation", 3200, 256, from_target=True),
+        Phase("long distillation", 300, 1024, from_target=True),
     ),
 )
 
@@ -113,8 +134,7 @@ class FamilyPlan:
     max_positions: int = 1024
     short_length: int = 256
     long_length: int = 1024
-    tokens_per_step: int = 4096
-    library_share: float = 0.65
+    num_problems: int = 60_000
     warmup_steps: int = 100
     final_learning_rate_share: float = 0.03
     weight_decay: float = 0.05
