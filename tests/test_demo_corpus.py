@@ -78,7 +78,7 @@ def test_every_prompt_comes_from_a_held_out_library_module(prompts: list[StdlibP
 
 def test_every_prompt_becomes_a_function_once_it_has_a_body(prompts: list[StdlibPrompt]) -> None:
     for prompt in prompts:
-        assert prompt.text.endswith("\n")
+        assert not prompt.text.endswith("\n")
         assert MIN_PROMPT_CHARS <= len(prompt.text) <= MAX_PROMPT_CHARS
         (function,) = ast.parse(textwrap.dedent(prompt.text)).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)

@@ -1,7 +1,9 @@
 """Prompts from the standard library: signatures and docstrings of functions no demo model has seen.
 
 A prompt is the exact source of a public function or method, without decorators, up to the end of
-its docstring; a model is to continue with the body. Only modules that `pipespec.demo.corpus` holds
+its docstring; a model is to continue with the body. The line end after the docstring is left to the
+model: in source it is one token with the indentation that follows, and a prompt that ends with it
+alone would tell the model that the function is over. Only modules that `pipespec.demo.corpus` holds
 out are used. They come from the running interpreter, so another Python version has somewhat other
 prompts.
 
@@ -87,7 +89,7 @@ def _prompt_text(function: SourceFunction) -> str | None:
         return None
     end, last = node.body[0].end_lineno, node.end_lineno
     assert end is not None and last is not None
-    text = function.text(end)
+    text = function.text(end).removesuffix("\n")
     good = (
         MIN_PROMPT_CHARS <= len(text) <= MAX_PROMPT_CHARS
         and len(docstring.split()) >= MIN_DOCSTRING_WORDS
