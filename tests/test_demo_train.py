@@ -25,6 +25,7 @@ from pipespec.demo.progress import Progress
 from pipespec.demo.settings import (
     FUNCTIONS,
     FamilyPlan,
+    LoopCure,
     ModelPlan,
     ModelShape,
     Phase,
@@ -32,6 +33,7 @@ from pipespec.demo.settings import (
 )
 from pipespec.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from pipespec.errors import UsageError
+from viz.training_curves import read_curves
 
 FOREVER = float("inf")
 
@@ -41,7 +43,11 @@ def micro_plan() -> FamilyPlan:
     return FamilyPlan(
         target=ModelPlan(
             ModelShape("target", 32, 2, 32, 16),
-            (Phase("text", 6, 16), Phase("long text", 2, 32, FUNCTIONS)),
+            (
+                Phase("text", 5, 16),
+                Phase("long text", 2, 32, FUNCTIONS),
+                Phase("own text", 1, 16, loop_cure=LoopCure(2, 4, 12), learning_rate_share=0.05),
+            ),
             tokens_per_step=64,
         ),
         drafts=(
@@ -222,6 +228,7 @@ def test_a_finished_family_is_not_trained_again(files: list[SourceFile], trained
         micro_plan(), files, trained, trained.parent / "work", FOREVER, 1, ignore
     )
     assert [record.num_steps for record in records] == [8, 5]
+    assert [len(record.curve) for record in records] == [8, 5]
     assert (trained / "target" / "model.safetensors").read_bytes() == weights
 
 
@@ -290,6 +297,10 @@ def test_the_command_says_what_each_model_took(
     monkeypatch.setattr(family, "export", lambda *arguments: None)
     assert train.main(["--out", str(tmp_path), "--threads", "1"], micro_plan()) == 0
     assert "draft: 5 steps, 320 tokens" in capsys.readouterr().err
+    target, draft = read_curves(tmp_path / "training.json")
+    assert (target.name, draft.name) == ("target", "draft")
+    assert draft.tokens == pytest.approx([64e-6 * step for step in range(1, 6)])
+    assert all(0.0 < loss < 10.0 for loss in target.losses + draft.losses)
 
 
 def test_the_planned_family_fits_the_package() -> None:

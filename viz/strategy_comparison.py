@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.config import STRATEGIES
-from pipespec.errors import DataError, UsageError
+from pipespec.errors import DataError
 from pipespec.metrics import speed_up, summarise
 from pipespec.results import RunFile, load_results
+from viz.pictures import check_format, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 COLORS: Final = {"greedy": "#7f7f7f", "chain": "#e08214", "async-chain": "#2166ac"}
 OTHER_COLOR: Final = "#4d9221"
-FORMATS: Final = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         help="the picture: .png, .pdf or .svg",
     )
     options = parser.parse_args(arguments)
-    if options.output.suffix not in FORMATS:
-        raise UsageError(f"--output is {options.output}; it must end in {', '.join(FORMATS)}")
+    check_format(options.output)
     bars = read_bars(find_files(options.paths))
-    try:
-        draw(bars).savefig(options.output, dpi=150)
-    except OSError as error:
-        raise UsageError(f"--output: cannot write {options.output} ({error.strerror})") from error
+    save(draw(bars), options.output)
     print(f"{len(bars)} runs: {options.output}")
     return 0
 

@@ -57,6 +57,23 @@ class TokenStreams:
             rows[row] = stream[start : start + length]
         return torch.from_numpy(rows)
 
+    def prompts(
+        self,
+        rng: np.random.Generator,
+        num_prompts: int,
+        length: int,
+        beginning_shares: Shares,
+        shares: Shares,
+    ) -> torch.Tensor:
+        """Half `beginnings`, as users prompt, then `windows`."""
+        half = num_prompts // 2
+        return torch.cat(
+            (
+                self.beginnings(rng, half, length, beginning_shares),
+                self.windows(rng, num_prompts - half, length, shares),
+            )
+        )
+
     def _chosen(self, rng: np.random.Generator, count: int, shares: Shares) -> Iterator[Tokens]:
         names = [name for name, _ in shares]
         weights = np.array([share for _, share in shares])

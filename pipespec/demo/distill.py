@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from pipespec.demo.batches import TokenStreams, save_array, step_rng
+from pipespec.demo.own_text import continue_windows
 from pipespec.demo.progress import Progress, Report
 from pipespec.demo.settings import FamilyPlan, Shares, TeacherPlan
 
@@ -104,16 +105,13 @@ def teacher_shards(
         )
 
     def continuations() -> torch.Tensor:
-        """Of beginnings, as users prompt, and of text from the middle."""
         rng = step_rng(plan.seed, "teacher generated", 0)
-        half, length = teacher.num_generated_windows // 2, teacher.prompt_length
-        prompts = torch.cat(
-            (
-                streams.beginnings(rng, half, length, teacher.beginning_shares),
-                streams.windows(
-                    rng, teacher.num_generated_windows - half, length, teacher.long_shares
-                ),
-            )
+        prompts = streams.prompts(
+            rng,
+            teacher.num_generated_windows,
+            teacher.prompt_length,
+            teacher.beginning_shares,
+            teacher.long_shares,
         )
         mixed = prompts[torch.from_numpy(rng.permutation(len(prompts)))]
         return generate(target, mixed, plan.short_length, teacher, plan.seed, report)
@@ -138,7 +136,6 @@ def open_shards(plan: FamilyPlan, folder: Path) -> TeacherShards:
     )
 
 
-@torch.inference_mode()
 def generate(
     target: LlamaForCausalLM,
     prompts: torch.Tensor,
@@ -150,34 +147,12 @@ def generate(
     """Continue prompts `[n, p]` to `[n, length]`: even batches greedily, odd ones by sampling."""
     rng = torch.Generator().manual_seed(seed)
     rows: list[torch.Tensor] = []
-    for index, prompt in enumerate(torch.split(prompts, teacher.batch_size)):
-        cache, fed, tokens = DynamicCache(), prompt, prompt
-        while tokens.shape[1] < length:
-            logits = _forward(target, fed, cache)[:, -1].float()
-            if index % 2 == 0:
-                fed = logits.argmax(-1, keepdim=True)
-            else:
-                probs = torch.softmax(logits / teacher.temperature, dim=-1)
-                fed = torch.multinomial(probs, 1, generator=rng)
-            tokens = torch.cat((tokens, fed), dim=1)
-        rows.append(tokens)
+    for index, batch in enumerate(torch.split(prompts, teacher.batch_size)):
+        temperature = teacher.temperature if index % 2 else 0.0
+        rows.append(continue_windows(target, batch, length, temperature, rng))
         done = min((index + 1) * teacher.batch_size, len(prompts))
         report(Progress("target's own continuations", done, len(prompts)))
     return torch.cat(rows)
-
-
-def _forward(
-    target: LlamaForCausalLM, tokens: torch.Tensor, cache: DynamicCache | None
-) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        output = target(
-            input_ids=tokens,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=1 if cache is not None else 0,
-        )
-    logits: torch.Tensor = output.logits
-    return logits
 
 
 def _shard(
@@ -209,7 +184,8 @@ def _shard(
 def _opinion(
     target: LlamaForCausalLM, tokens: torch.Tensor, top: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    logits = _forward(target, tokens, None).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = target(input_ids=tokens, use_cache=False).logits.float()
     # Top logits first: a log-softmax over the whole vocabulary would be written out for nothing.
     values, ids = logits.topk(top, dim=-1)
     values = values - logits.logsumexp(-1, keepdim=True)

@@ -7,11 +7,14 @@ smaller models are trained side by side in processes of their own, each with its
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.queues
+import platform
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -31,8 +34,8 @@ from pipespec.demo.tokenizer import END_OF_TEXT_ID, save_tokenizer, train_tokeni
 from pipespec.errors import StageError, UsageError
 
 # Shares of the time guard; the rest is for the target's opinions and for start-up.
-TARGET_TIME_SHARE = 0.52
-DRAFT_TIME_SHARE = 0.36
+TARGET_TIME_SHARE = 0.60
+DRAFT_TIME_SHARE = 0.20
 POLL_S = 0.5
 
 _Messages = multiprocessing.queues.SimpleQueue[Progress | TrainingRecord]
@@ -62,6 +65,16 @@ def train_family(
     teacher_shards(target.eval(), streams, plan, work / "teacher", report)
     limit_s *= DRAFT_TIME_SHARE
     return [record, *_train_drafts(plan, out, work, limit_s, num_threads, report)]
+
+
+def save_records(records: Sequence[TrainingRecord], path: Path) -> None:
+    """Write what the training took, with the loss on its way, as JSON."""
+    content = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "models": [asdict(record) for record in records],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, plan: FamilyPlan, folder: Path) -> None:

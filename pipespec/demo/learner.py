@@ -17,23 +17,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipespec.demo.batches import TokenStreams, step_rng
 from pipespec.demo.distill import TeacherShards, distillation_loss
+from pipespec.demo.own_text import continue_windows, repeating, unlikelihood_loss
 from pipespec.demo.progress import Progress, Report
-from pipespec.demo.settings import FamilyPlan, ModelPlan, ModelShape
+from pipespec.demo.settings import FamilyPlan, LoopCure, ModelPlan, ModelShape, Phase
 from pipespec.demo.tokenizer import END_OF_TEXT_ID
 from pipespec.errors import UsageError
 
 CHECKPOINT_EVERY_S = 60.0
 REPORT_EVERY_S = 1.0
+CURVE_POINTS = 100
+# The backward pass of torch's fused attention on CPUs costs more than plain matrix products do
+# until the scores outgrow the cache; measured here on windows of 256, 512 and 1024 tokens.
+LONGEST_PLAIN_ATTENTION = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
-    """What one model's training took: steps and tokens done, mean recent loss, seconds."""
+    """What one model's training took: steps and tokens done, mean recent loss, seconds.
+
+    curve: tokens seen and the mean recent loss, about a hundred times on the way. The loss is in
+    nats a token: on text or, in distillation, against the target's distribution.
+    """
 
     name: str
     num_steps: int
@@ -41,6 +51,7 @@ class TrainingRecord:
     loss: float
     elapsed_s: float
     cut_short: bool
+    curve: tuple[tuple[int, float], ...]
 
 
 def new_model(shape: ModelShape, plan: FamilyPlan) -> LlamaForCausalLM:
@@ -86,7 +97,9 @@ class Learner:
         self._step = 0
         self._elapsed_s = 0.0
         self._loss = math.nan
+        self._curve: list[tuple[int, float]] = []
         self._text_loss = self._compiled(self._text_loss_of)
+        self._loop_loss = self._compiled(self._loop_loss_of)
         self._target_loss = self._compiled(self._target_loss_of)
         if checkpoint.exists():
             self._load()
@@ -131,11 +144,16 @@ class Learner:
         return TrainingRecord(
             name=self._model_plan.shape.name,
             num_steps=self._step,
-            num_tokens=self._step * self._model_plan.tokens_per_step,
+            num_tokens=self._num_tokens,
             loss=self._loss,
             elapsed_s=self._elapsed_s,
             cut_short=self._step < self._model_plan.num_steps,
+            curve=tuple(self._curve),
         )
+
+    @property
+    def _num_tokens(self) -> int:
+        return self._step * self._model_plan.tokens_per_step
 
     def _place(self, limit_s: float) -> int:
         """Where in the schedule the next step is: its number, or further on when time is short."""
@@ -148,25 +166,43 @@ class Learner:
     def _take_step(self, place: int) -> None:
         phase = self._model_plan.phase_at(place)
         rng = step_rng(self._plan.seed, self._model_plan.shape.name, self._step)
-        num_windows = max(1, self._model_plan.tokens_per_step // phase.window_length)
-        if phase.from_target:
-            assert self._shards is not None
-            loss = self._target_loss(*self._shards.batch(rng, num_windows, phase.window_length))
-        else:
-            windows = self._streams.windows(rng, num_windows, phase.window_length + 1, phase.shares)
-            loss = self._text_loss(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        is_short = phase.window_length <= LONGEST_PLAIN_ATTENTION
+        self.model.set_attn_implementation("eager" if is_short else "sdpa")
+        loss = self._loss_of(phase, rng)
         torch.autograd.backward(loss)
+        if phase.loop_cure is not None:
+            cure = phase.loop_cure
+            torch.autograd.backward(cure.weight * self._loss_on_own_text(cure, rng))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * self._learning_rate_share(place)
+                group["lr"] = group["peak_lr"] * self._learning_rate_share(place, phase)
             optimizer.step()
             optimizer.zero_grad()
         value = loss.item()
         self._loss = value if math.isnan(self._loss) else 0.98 * self._loss + 0.02 * value
         self._step += 1
+        if self._step % max(1, self._model_plan.num_steps // CURVE_POINTS) == 0:
+            self._curve.append((self._num_tokens, self._loss))
 
-    def _learning_rate_share(self, place: int) -> float:
+    def _loss_of(self, phase: Phase, rng: np.random.Generator) -> torch.Tensor:
+        num_windows = max(1, self._model_plan.tokens_per_step // phase.window_length)
+        if phase.from_target:
+            assert self._shards is not None
+            return self._target_loss(*self._shards.batch(rng, num_windows, phase.window_length))
+        windows = self._streams.windows(rng, num_windows, phase.window_length + 1, phase.shares)
+        return self._text_loss(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+    def _loss_on_own_text(self, cure: LoopCure, rng: np.random.Generator) -> torch.Tensor:
+        prompts = self._streams.prompts(
+            rng, cure.num_texts, cure.prompt_length, cure.beginning_shares, cure.shares
+        )
+        texts = continue_windows(self.model, prompts, cure.text_length)
+        return self._loop_loss(texts, repeating(texts, cure.prompt_length, cure.ngram))
+
+    def _learning_rate_share(self, place: int, phase: Phase) -> float:
+        if phase.learning_rate_share is not None:
+            return phase.learning_rate_share
         warmup = min(1.0, (self._step + 1) / self._plan.warmup_steps)
         final = self._plan.final_learning_rate_share
         cosine = 0.5 * (1.0 + math.cos(math.pi * place / self._model_plan.num_steps))
@@ -180,6 +216,9 @@ class Learner:
     def _text_loss_of(self, tokens: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         logits = self._logits(tokens).float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+
+    def _loop_loss_of(self, texts: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        return unlikelihood_loss(self._logits(texts[:, :-1]), texts[:, 1:], marks[:, 1:])
 
     def _target_loss_of(
         self, tokens: torch.Tensor, top_ids: torch.Tensor, top_log_probs: torch.Tensor
@@ -195,7 +234,7 @@ class Learner:
     def _progress(self, limit_s: float) -> Progress:
         num_steps = self._model_plan.num_steps
         phase = self._model_plan.phase_at(min(self._place(limit_s), num_steps - 1)).name
-        speed = self._step * self._model_plan.tokens_per_step / max(self._elapsed_s, 1e-9)
+        speed = self._num_tokens / max(self._elapsed_s, 1e-9)
         note = f"{phase}, loss {self._loss:.3f}, {self._elapsed_s:.0f} s, {speed:,.0f} tokens/s"
         return Progress(self._model_plan.shape.name, self._step, num_steps, note)
 
@@ -210,6 +249,7 @@ class Learner:
             "step": self._step,
             "elapsed_s": self._elapsed_s,
             "loss": self._loss,
+            "curve": self._curve,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
@@ -231,7 +271,7 @@ class Learner:
                 "--work-dir or repeat the settings"
             )
         self._step, self._elapsed_s = state["step"], state["elapsed_s"]
-        self._loss = state["loss"]
+        self._loss, self._curve = state["loss"], state["curve"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

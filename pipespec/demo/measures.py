@@ -101,14 +101,14 @@ def rounds(agrees: Sequence[bool], lookahead: int) -> list[Round]:
     return found
 
 
-def repeats(text: Sequence[int]) -> list[bool]:
-    """For each token: does it end a 4-gram that the text before it contains?"""
+def repeats(text: Sequence[int], length: int = NGRAM) -> list[bool]:
+    """For each token: does it end an n-gram of that length that the text before it contains?"""
     seen: set[tuple[int, ...]] = set()
     flags: list[bool] = []
     for end in range(1, len(text) + 1):
-        ngram = tuple(text[max(0, end - NGRAM) : end])
+        ngram = tuple(text[max(0, end - length) : end])
         flags.append(ngram in seen)
-        if len(ngram) == NGRAM:
+        if len(ngram) == length:
             seen.add(ngram)
     return flags
 

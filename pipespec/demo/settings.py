@@ -27,10 +27,28 @@ class ModelShape:
 
 Shares = tuple[tuple[str, float], ...]  # stream's name, its weight among those named
 
-TEXT: Shares = (("library", 0.58), ("other", 0.30), ("arithmetic", 0.12))
+TEXT: Shares = (("library", 0.57), ("other", 0.29), ("arithmetic", 0.14))
 LONG_TEXT: Shares = (("library", 0.70), ("other", 0.30))
-FUNCTIONS: Shares = (("functions", 0.60), ("library", 0.25), ("arithmetic", 0.15))
+FUNCTIONS: Shares = (("functions", 0.58), ("library", 0.24), ("arithmetic", 0.18))
 BEGINNINGS: Shares = (("functions", 0.80), ("arithmetic", 0.20))
+CODE: Shares = (("functions", 0.60), ("library", 0.40))
+
+
+@dataclass(frozen=True, slots=True)
+class LoopCure:
+    """What the target writes greedily in a step, to learn from it not to repeat itself.
+
+    Half of the texts go on from the beginning of a document, half from any text; a token that ends
+    an `ngram`-gram for the second time is made less likely. weight: of that loss beside the text's.
+    """
+
+    num_texts: int = 32
+    prompt_length: int = 48
+    text_length: int = 176
+    ngram: int = 4
+    weight: float = 2.0
+    beginning_shares: Shares = (("functions", 1.0),)
+    shares: Shares = CODE
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +56,8 @@ class Phase:
     """A stretch of training: so many steps at one window length, on text or on the target.
 
     shares: which text, and how much of each. from_target: the model learns the target's
-    distribution (distillation) instead of the text's next token.
+    distribution (distillation) instead of the text's next token. loop_cure: the model learns from
+    its own greedy text as well. learning_rate_share: of the peak, instead of the cosine's.
     """
 
     name: str
@@ -46,6 +65,8 @@ class Phase:
     window_length: int
     shares: Shares = TEXT
     from_target: bool = False
+    loop_cure: LoopCure | None = None
+    learning_rate_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +119,10 @@ class TeacherPlan:
 TARGET = ModelPlan(
     ModelShape("target-12M", 384, 6, 960, 64),
     (
-        Phase("text", 3500, 256),
-        Phase("long text", 700, 1024, LONG_TEXT),
-        Phase("functions", 700, 512, FUNCTIONS),
+        Phase("text", 3300, 256),
+        Phase("long text", 400, 1024, LONG_TEXT),
+        Phase("functions", 550, 512, FUNCTIONS),
+        Phase("own text", 150, 256, FUNCTIONS, loop_cure=LoopCure(), learning_rate_share=0.05),
     ),
     tokens_per_step=8192,
     matrix_learning_rate=4e-3,

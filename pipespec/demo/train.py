@@ -16,7 +16,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from pipespec.demo.corpus import train_files
-from pipespec.demo.family import train_family
+from pipespec.demo.family import save_records, train_family
 from pipespec.demo.progress import ProgressDisplay
 from pipespec.demo.settings import FamilyPlan
 from pipespec.errors import PipeSpecError, UsageError
@@ -102,6 +102,7 @@ def _train(options: argparse.Namespace, plan: FamilyPlan, console: Console) -> N
         records = train_family(
             plan, train_files(), out, work, options.minutes * 60.0, options.threads, display.show
         )
+    save_records(records, out / "training.json")
     for record in records:
         note = "; cut short by --minutes" if record.cut_short else ""
         console.print(

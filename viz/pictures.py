@@ -1,0 +1,36 @@
+"""Writes pictures; what every script here shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pipespec.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS: Final = (".png", ".pdf", ".svg")
+DPI: Final = 150
+
+
+def check_format(output: Path) -> None:
+    """Refuse a file name that no picture can have, before any work is done.
+
+    Raises:
+        UsageError: another ending than those of `FORMATS`.
+    """
+    if output.suffix not in FORMATS:
+        raise UsageError(f"--output is {output}; it must end in {', '.join(FORMATS)}")
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write a figure to the file that `--output` names.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        figure.savefig(output, dpi=DPI)
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {output} ({error.strerror})") from error
