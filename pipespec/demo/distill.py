@@ -92,6 +92,7 @@ def teacher_shards(
 ) -> TeacherShards:
     """The target's shards; those that an earlier run has finished are read, the others made."""
     teacher = plan.teacher
+    target.set_attn_implementation("sdpa")  # the fastest without a backward pass
 
     def text(name: str, num_windows: int, length: int, shares: Shares) -> Shard:
         rng = step_rng(plan.seed, f"teacher {name}", 0)
