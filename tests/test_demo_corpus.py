@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from pipespec.data.stdlib import MAX_PROMPT_CHARS, MIN_PROMPT_CHARS, StdlibPrompt, stdlib_prompts
+from pipespec.demo import corpus
 from pipespec.demo.corpus import (
+    MAX_PACKAGE_FILE_BYTES,
     held_out_files,
     is_held_out,
     is_table_module,
     is_test_module,
+    package_files,
     source_files,
     train_files,
 )
@@ -104,3 +107,27 @@ def test_a_function_without_prose_or_body_gives_no_prompt(tmp_path: Path) -> Non
         encoding="utf-8",
     )
     assert [prompt.name for prompt in stdlib_prompts(tmp_path)] == [f"{name}.good"]
+
+
+def test_packages_bring_their_code_once_and_no_tests_tables_or_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = [name for name in (f"m{n}" for n in range(40)) if not is_held_out(f"pack.{name}")]
+    held_out = next(f"m{n}" for n in range(400) if is_held_out(f"pack.m{n}"))
+    texts = {
+        f"{train[0]}.py": "a = 1\n",
+        f"{train[1]}.py": "a = 1\n",
+        f"{train[2]}.py": "b = 2\n",
+        f"{train[3]}.py": "c = 3\n" * MAX_PACKAGE_FILE_BYTES,
+        f"{held_out}.py": "d = 4\n",
+        "tests/test_a.py": "e = 5\n",
+        "_vendor/other.py": "f = 6\n",
+    }
+    for name, text in texts.items():
+        path = tmp_path / "pack" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "pack" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(corpus, "PACKAGES", ("pack", "not_installed_anywhere"))
+    assert [file.text() for file in package_files()] == ["a = 1\n", "b = 2\n"]

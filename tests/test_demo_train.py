@@ -81,7 +81,7 @@ def micro_plan() -> FamilyPlan:
 
 def same_streams(tokens: npt.NDArray[np.uint16]) -> TokenStreams:
     """The same tokens under every name."""
-    names = ("library", "other", "functions", "arithmetic")
+    names = ("library", "other", "packages", "functions", "package_functions", "arithmetic")
     return TokenStreams(dict.fromkeys(names, tokens))
 
 
@@ -105,7 +105,7 @@ def trained(files: list[SourceFile], tmp_path_factory: pytest.TempPathFactory) -
     """A trained micro family."""
     num_threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("family")
-    train_family(micro_plan(), files, out, _folder(out.parent / "work"), FOREVER, 1, ignore)
+    train_family(micro_plan(), files, files, out, _folder(out.parent / "work"), FOREVER, 1, ignore)
     yield out
     torch.set_num_threads(num_threads)
 
@@ -152,7 +152,14 @@ def test_held_out_modules_never_reach_the_tokenizer(
     path.write_text("x = 1\n", encoding="utf-8")
     with pytest.raises(AssertionError):
         train_family(
-            micro_plan(), [*files, SourceFile(name, path)], tmp_path, tmp_path, FOREVER, 1, ignore
+            micro_plan(),
+            [*files, SourceFile(name, path)],
+            (),
+            tmp_path,
+            tmp_path,
+            FOREVER,
+            1,
+            ignore,
         )
 
 
@@ -225,7 +232,7 @@ def test_functions_become_documents_of_their_own(tmp_path: Path) -> None:
 def test_a_finished_family_is_not_trained_again(files: list[SourceFile], trained: Path) -> None:
     weights = (trained / "target" / "model.safetensors").read_bytes()
     records = train_family(
-        micro_plan(), files, trained, trained.parent / "work", FOREVER, 1, ignore
+        micro_plan(), files, files, trained, trained.parent / "work", FOREVER, 1, ignore
     )
     assert [record.num_steps for record in records] == [8, 5]
     assert [len(record.curve) for record in records] == [8, 5]
@@ -235,7 +242,7 @@ def test_a_finished_family_is_not_trained_again(files: list[SourceFile], trained
 def test_a_work_folder_of_other_settings_is_refused(files: list[SourceFile], trained: Path) -> None:
     other = replace(micro_plan(), seed=1)
     with pytest.raises(UsageError, match="other settings"):
-        train_family(other, files, trained, trained.parent / "work", FOREVER, 1, ignore)
+        train_family(other, files, files, trained, trained.parent / "work", FOREVER, 1, ignore)
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path: Path) -> None:
@@ -294,6 +301,7 @@ def test_the_command_says_what_each_model_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(train, "train_files", lambda: files)
+    monkeypatch.setattr(train, "package_files", lambda: files)
     monkeypatch.setattr(family, "export", lambda *arguments: None)
     assert train.main(["--out", str(tmp_path), "--threads", "1"], micro_plan()) == 0
     assert "draft: 5 steps, 320 tokens" in capsys.readouterr().err

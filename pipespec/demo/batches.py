@@ -4,8 +4,8 @@ A step's windows depend on the seed, the model's name and the step's number only
 makes a resumed run the same as an uninterrupted one. Documents follow each other with an
 end-of-text token between them; a window may begin anywhere and may span several documents.
 
-There are four streams: `library` modules, `other` (tests and tables), the library's `functions`
-once more as documents of their own, and `arithmetic` problems.
+The streams are `library` modules, `other` (tests and tables), `packages`, the `functions` of the
+library and the `package_functions` once more as documents of their own, and `arithmetic` problems.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from pipespec.demo.tokenizer import END_OF_TEXT_ID
 from pipespec.errors import UsageError
 
 Tokens = npt.NDArray[np.uint16]
+BATCH_TEXTS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +89,21 @@ def step_rng(seed: int, name: str, step: int) -> np.random.Generator:
 
 
 def build_streams(
-    tokenizer: Tokenizer, files: Sequence[SourceFile], folder: Path, num_problems: int, seed: int
+    tokenizer: Tokenizer,
+    files: Sequence[SourceFile],
+    packages: Sequence[SourceFile],
+    folder: Path,
+    num_problems: int,
+    seed: int,
 ) -> TokenStreams:
-    """Tokenize train-side files and so many arithmetic problems, or read what an earlier run has
-    written to `folder`."""
+    """Tokenize train-side files, packages and so many arithmetic problems, or read what an earlier
+    run has written to `folder`."""
     texts: dict[str, Callable[[], Iterable[str]]] = {
         "library": lambda: (file.text() for file in files if not _is_other(file)),
         "other": lambda: (file.text() for file in files if _is_other(file)),
+        "packages": lambda: (file.text() for file in packages),
         "functions": lambda: function_texts(files),
+        "package_functions": lambda: function_texts(packages),
         "arithmetic": lambda: arithmetic_text(num_problems, seed),
     }
     for name, make_texts in texts.items():
@@ -124,9 +133,17 @@ def _path(folder: Path, name: str) -> Path:
 def _write(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     pieces: list[npt.NDArray[np.uint16]] = []
     separator = np.array([END_OF_TEXT_ID], dtype=np.uint16)
-    for encoding in tokenizer.encode_batch_fast(list(texts)):
-        pieces += [np.array(encoding.ids, dtype=np.uint16), separator]
+    for batch in batched(texts):
+        for encoding in tokenizer.encode_batch_fast(batch):
+            pieces += [np.array(encoding.ids, dtype=np.uint16), separator]
     save_array(path, np.concatenate(pieces) if pieces else separator)
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists that together fill little memory when they are encoded."""
+    rest = iter(texts)
+    while batch := list(islice(rest, BATCH_TEXTS)):
+        yield batch
 
 
 def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:

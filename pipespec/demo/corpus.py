@@ -1,4 +1,5 @@
-"""The demo's corpus: the source files of the running interpreter's standard library.
+"""The demo's corpus: the source files of the running interpreter's standard library, and for
+training those of installed packages that PipeSpec depends on.
 
 Pure standard library, no torch. The split into train and held-out modules looks at nothing but the
 module's dotted name, so a module that is held out under one Python version is held out under every
@@ -11,6 +12,7 @@ so may two generated files of `encodings`; a held-out module is unseen, not unli
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,16 @@ HELD_OUT_ONE_IN = 10
 _TEST_PARTS = frozenset({"test", "tests", "idle_test"})
 # Generated tables and reference text: large, and hardly code.
 _TABLE_PARTS = frozenset({"encodings", "pydoc_data"})
+# Installed with PipeSpec, all under permissive licences (the model card lists them). Without those
+# that hold copies of the standard library, such as setuptools.
+PACKAGES = (
+    "torch", "numpy", "scipy", "pandas", "sympy", "matplotlib", "networkx", "transformers",
+    "accelerate", "datasets", "huggingface_hub", "tokenizers", "safetensors", "mpmath", "rich",
+    "pygments", "fsspec", "jinja2", "packaging", "psutil", "pytest", "_pytest", "msgpack", "zmq",
+)  # fmt: skip
+_COPIES = frozenset({"_vendor", "vendor", "vendored", "extern", "externals", "_distutils"})
+MAX_PACKAGE_FILE_BYTES = 200_000  # larger ones are tables
+
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -71,6 +83,36 @@ def source_files(folder: Path | None = None) -> list[SourceFile]:
 def train_files(folder: Path | None = None) -> list[SourceFile]:
     """The files a model may be trained on."""
     return _files(folder, lambda module_name: not is_held_out(module_name))
+
+
+def package_files() -> list[SourceFile]:
+    """Sources of the installed packages among `PACKAGES`, by name, no text twice.
+
+    Left out: their tests, copies of other projects, large tables, and a tenth by name, as of the
+    standard library.
+    """
+    seen: set[bytes] = set()
+    found: list[SourceFile] = []
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for name, path in sorted(_walk(Path(folder))):
+                file = SourceFile(f"{package}.{name}", path)
+                if _is_of_use(file) and (digest := _digest(path)) not in seen:
+                    seen.add(digest)
+                    found.append(file)
+    return found
+
+
+def _is_of_use(file: SourceFile) -> bool:
+    name = file.module_name
+    if is_held_out(name) or is_test_module(name) or not _COPIES.isdisjoint(name.split(".")):
+        return False
+    return file.path.stat().st_size <= MAX_PACKAGE_FILE_BYTES and _is_usable(file.path)
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
 
 
 def held_out_files(folder: Path | None = None) -> list[SourceFile]:

@@ -44,6 +44,7 @@ _Messages = multiprocessing.queues.SimpleQueue[Progress | TrainingRecord]
 def train_family(
     plan: FamilyPlan,
     files: Sequence[SourceFile],
+    packages: Sequence[SourceFile],
     out: Path,
     work: Path,
     limit_s: float,
@@ -52,14 +53,14 @@ def train_family(
 ) -> list[TrainingRecord]:
     """Train everything that `out` is to hold and has not been trained in `work` yet.
 
-    `files` are the train side; a held-out module among them is a bug, not a user's error. Returns
-    what each model's training took, target first.
+    `files` are the train side of the standard library; a held-out module among them or `packages`
+    is a bug, not a user's error. Returns what each model's training took, target first.
     """
-    assert not any(is_held_out(file.module_name) for file in files)
+    assert not any(is_held_out(file.module_name) for file in (*files, *packages))
     torch.set_num_threads(num_threads)
-    _claim(work, plan, files)
+    _claim(work, plan, (*files, *packages))
     tokenizer = _tokenizer(plan, files, work)
-    streams = _streams(plan, tokenizer, files, work)
+    streams = _streams(plan, tokenizer, files, packages, work)
     require_length(streams, plan.long_length)
     target, record = _train_one(plan.target, plan, work, out, limit_s * TARGET_TIME_SHARE, report)
     teacher_shards(target.eval(), streams, plan, work / "teacher", report)
@@ -131,9 +132,14 @@ def _tokenizer(plan: FamilyPlan, files: Sequence[SourceFile], work: Path) -> Tok
 
 
 def _streams(
-    plan: FamilyPlan, tokenizer: Tokenizer, files: Sequence[SourceFile], work: Path
+    plan: FamilyPlan,
+    tokenizer: Tokenizer,
+    files: Sequence[SourceFile],
+    packages: Sequence[SourceFile],
+    work: Path,
 ) -> TokenStreams:
-    return build_streams(tokenizer, files, work / "tokens", plan.num_problems, plan.seed)
+    folder = work / "tokens"
+    return build_streams(tokenizer, files, packages, folder, plan.num_problems, plan.seed)
 
 
 def _tokenizer_path(work: Path) -> Path:
@@ -144,7 +150,7 @@ def _train_one(
     model_plan: ModelPlan, plan: FamilyPlan, work: Path, out: Path, limit_s: float, report: Report
 ) -> tuple[LlamaForCausalLM, TrainingRecord]:
     tokenizer = Tokenizer.from_file(str(_tokenizer_path(work)))
-    streams = _streams(plan, tokenizer, (), work)
+    streams = _streams(plan, tokenizer, (), (), work)
     needs_target = any(phase.from_target for phase in model_plan.phases)
     shards = open_shards(plan, work / "teacher") if needs_target else None
     name = model_plan.shape.name

@@ -27,11 +27,15 @@ class ModelShape:
 
 Shares = tuple[tuple[str, float], ...]  # stream's name, its weight among those named
 
-TEXT: Shares = (("library", 0.57), ("other", 0.29), ("arithmetic", 0.14))
-LONG_TEXT: Shares = (("library", 0.70), ("other", 0.30))
-FUNCTIONS: Shares = (("functions", 0.58), ("library", 0.24), ("arithmetic", 0.18))
-BEGINNINGS: Shares = (("functions", 0.80), ("arithmetic", 0.20))
-CODE: Shares = (("functions", 0.60), ("library", 0.40))
+# The standard library is what prompts come from, and small: shares keep it to about two readings.
+TEXT: Shares = (("library", 0.20), ("other", 0.15), ("packages", 0.52), ("arithmetic", 0.13))
+LONG_TEXT: Shares = (("library", 0.30), ("other", 0.10), ("packages", 0.60))
+FUNCTIONS: Shares = (
+    ("functions", 0.30), ("package_functions", 0.35), ("library", 0.17), ("arithmetic", 0.18),
+)  # fmt: skip
+BEGINNINGS: Shares = (("functions", 0.50), ("package_functions", 0.30), ("arithmetic", 0.20))
+CODE_BEGINNINGS: Shares = (("functions", 0.50), ("package_functions", 0.50))
+CODE: Shares = (("functions", 0.30), ("package_functions", 0.30), ("library", 0.40))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,8 @@ class LoopCure:
     prompt_length: int = 48
     text_length: int = 176
     ngram: int = 4
-    weight: float = 2.0
-    beginning_shares: Shares = (("functions", 1.0),)
+    weight: float = 1.0
+    beginning_shares: Shares = CODE_BEGINNINGS
     shares: Shares = CODE
 
 
@@ -104,25 +108,26 @@ class TeacherPlan:
     top: int = 32
     num_short_windows: int = 6144
     num_long_windows: int = 768
-    num_generated_windows: int = 1536
+    num_generated_windows: int = 6144
     short_shares: Shares = (
-        ("library", 0.40), ("other", 0.15), ("functions", 0.33), ("arithmetic", 0.12),
+        ("library", 0.25), ("other", 0.10), ("packages", 0.25), ("functions", 0.15),
+        ("package_functions", 0.15), ("arithmetic", 0.10),
     )  # fmt: skip
     long_shares: Shares = LONG_TEXT
     beginning_shares: Shares = BEGINNINGS
     prompt_length: int = 48
     batch_size: int = 128
     temperature: float = 0.8
-    generated_share: float = 0.35
+    generated_share: float = 0.6
 
 
 TARGET = ModelPlan(
     ModelShape("target-12M", 384, 6, 960, 64),
     (
         Phase("text", 3300, 256),
-        Phase("long text", 400, 1024, LONG_TEXT),
-        Phase("functions", 550, 512, FUNCTIONS),
-        Phase("own text", 150, 256, FUNCTIONS, loop_cure=LoopCure(), learning_rate_share=0.05),
+        Phase("long text", 300, 1024, LONG_TEXT),
+        Phase("functions", 600, 512, FUNCTIONS),
+        Phase("own text", 60, 256, FUNCTIONS, loop_cure=LoopCure(), learning_rate_share=0.05),
     ),
     tokens_per_step=8192,
     matrix_learning_rate=4e-3,
@@ -131,7 +136,7 @@ MIDDLE = ModelPlan(
     ModelShape("middle-2M", 224, 2, 448, 32),
     (
         Phase("text", 500, 256),
-        Phase("distillation", 1500, 256, from_target=True),
+        Phase("distillation", 2300, 256, from_target=True),
         Phase("long distillation", 200, 1024, from_target=True),
     ),
 )
@@ -139,7 +144,7 @@ DRAFT = ModelPlan(
     ModelShape("draft-0.8M", 128, 1, 512, 32),
     (
         Phase("text", 600, 256),
-        Phase("distillation", 3200, 256, from_target=True),
+        Phase("distillation", 5100, 256, from_target=True),
         Phase("long distillation", 300, 1024, from_target=True),
     ),
 )

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from pipespec.demo.corpus import train_files
+from pipespec.demo.corpus import package_files, train_files
 from pipespec.demo.family import save_records, train_family
 from pipespec.demo.progress import ProgressDisplay
 from pipespec.demo.settings import FamilyPlan
@@ -100,7 +100,14 @@ def _train(options: argparse.Namespace, plan: FamilyPlan, console: Console) -> N
     plan = replace(plan, seed=options.seed, compile=plan.compile and options.compile)
     with ProgressDisplay(console) as display:
         records = train_family(
-            plan, train_files(), out, work, options.minutes * 60.0, options.threads, display.show
+            plan,
+            train_files(),
+            package_files(),
+            out,
+            work,
+            options.minutes * 60.0,
+            options.threads,
+            display.show,
         )
     save_records(records, out / "training.json")
     for record in records:
