@@ -45,8 +45,8 @@ GROWTH = """\
 MUTANTS = {
     "no parent check": Mutant(
         request,
-        "if start > known or self.hash_at(start) != draft.parent:",
-        "if start > known:",
+        "return start if self.hashes[start] == prefix_hash else None",
+        "return start",
         scenario.RELIABLE,
         ("a candidate was drafted on the prefix it follows",),
     ),

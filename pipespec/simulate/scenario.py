@@ -10,6 +10,7 @@ from pipespec.emulation import Oracle
 from pipespec.messages import Submit
 from pipespec.policy import AdaptiveWait, FixedWait, Policy
 from pipespec.simulate.engine import Faults, Report, SimStage, Simulation
+from pipespec.state.outcomes import Budget
 from pipespec.state.request import Role
 
 VOCAB_SIZE = 4  # few tokens: wrong branches meet right ones by chance, again and again
@@ -35,6 +36,7 @@ class Scenario:
     apply_mid_step: bool
     adaptive: bool
     short_context: bool
+    outcomes: tuple[Budget, ...]
     max_new_tokens: tuple[int, ...]
     eos: int | None
 
@@ -60,6 +62,7 @@ class Scenario:
             short_context=rng.random() < 0.1,
             max_new_tokens=tuple(rng.randint(1, 20) for _ in range(num_requests)),
             eos=rng.choice([None, None, VOCAB_SIZE - 1]),
+            outcomes=tuple(_budget(rng) for _ in range(num_stages - 1)),
         )
 
     def submits(self) -> list[Submit]:
@@ -95,12 +98,32 @@ class Scenario:
 
         return SimStage(
             role=lambda: Role(
-                index, num_stages, self.run_ahead[index], above, self.batch, context_length
+                index,
+                num_stages,
+                self.run_ahead[index],
+                above,
+                self.batch,
+                context_length,
+                (*self.outcomes, Budget())[index],
+                self.outcomes[index - 1].most_tokens if index else 0,
             ),
             policy=policy,
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),
             oracle=Oracle(self.agreement[index], VOCAB_SIZE, self.seed),
         )
+
+
+def _budget(rng: random.Random) -> Budget:
+    """None in half of the stages."""
+    if rng.random() < 0.5:
+        return Budget()
+    return Budget(
+        rng.randint(1, 3),
+        rng.randint(1, 4),
+        rng.randint(1, 4),
+        rng.randint(2, 12),
+        rng.randint(1, 4),
+    )
 
 
 def simulate_seed(seed: int, faults: Faults = RELIABLE, *, perfect: bool = False) -> Report:

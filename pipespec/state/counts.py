@@ -37,6 +37,7 @@ class Counts:
     num_discarded_steps: int = 0
     num_dropped_verdicts: int = 0
     num_overflows: int = 0
+    num_outcome_hits: int = 0
     wait_s: float = 0.0
     forward_s: float = 0.0
 
@@ -55,7 +56,7 @@ class Counts:
         self.num_steps += 1
         self.step_starts_s.append(start_s)
         self.step_times_s.append(seconds)
-        self.query_lengths.append(len(step.ids))
+        self.query_lengths.append(len(step.ids) + len(step.tail))
         self.offered.append(step.num_candidates)
         self.accepted.append(accepted)
         self.emitted.append(emitted)

@@ -28,6 +28,7 @@ from pipespec.policy import Policy, Situation, StepResult
 from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
+from pipespec.state.outcomes import Ranked
 from pipespec.state.request import FinishCheck, Outgoing, RequestState, Role, Step
 
 NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Finish
@@ -90,19 +91,19 @@ class StageState:
         wake_at_s: float | None = None
         for offset in range(len(active)):
             request = active[(self._turn + offset) % len(active)]
-            if not request.can_step:
+            if not request.can_step and not request.can_prepare:
                 continue
             ready_at_s = self._ready_at(request, now_s)
             if ready_at_s is not None and ready_at_s <= now_s:
                 self._turn += offset + 1
                 self._in_flight = request
-                return Decision(request.begin_step(self.policy.use(len(request.cands))))
+                return Decision(request.begin_step(self.policy.use(len(request.cands.main))))
             if ready_at_s is not None:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
 
     def end_step(
-        self, draws: Sequence[int], start_s: float, end_s: float
+        self, draws: Sequence[Ranked], start_s: float, end_s: float
     ) -> list[tuple[Link, Frame]]:
         """The forward that `decide` started is done. Its request may have finished meanwhile."""
         request, self._in_flight = self._in_flight, None
@@ -113,7 +114,7 @@ class StageState:
         outgoing = request.end_step(draws, start_s, end_s)
         self.policy.on_step(
             StepResult(
-                query_length=len(step.ids),
+                query_length=len(step.ids) + len(step.tail),
                 num_offered=step.num_candidates,
                 num_emitted=len(request.seq) - length,
                 is_prefill=step.is_prefill,
@@ -225,9 +226,9 @@ class StageState:
         if self.role.is_first or request.is_prefill or request.drafter_stopped:
             return now_s
         useful = min(request.room, request.remaining) - 1
-        situation = Situation(len(request.cands), useful, now_s)
+        situation = Situation(len(request.cands.main), useful, now_s)
         wanted, patience_s = self.policy.wait(situation)
-        if len(request.cands) >= min(wanted, useful):
+        if len(request.cands.main) >= min(wanted, useful):
             return now_s
         if patience_s is None:
             return None

@@ -1,0 +1,110 @@
+"""What may follow a stage's own tokens, as the stage before it drafted it: a tree.
+
+The path of first children is the drafter's own continuation, the `main` one. The other branches are
+what it prepared for the case that a token of the main path is rejected: when the stage draws the
+first token of such a branch, the rest of it becomes the main path, and no round trip was needed
+(speculative speculative decoding, arXiv 2603.03251).
+
+Nodes are found by the hash of the prefix that they end, so a draft may name any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pipespec.hashing import extend
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A candidate. prefix_hash: of everything up to and including it; children: best first."""
+
+    token: int
+    prefix_hash: int
+    children: list[Node] = field(default_factory=list)
+
+
+class Candidates:
+    """The tree below a sequence whose hash is `prefix_hash`.
+
+    main: the tokens of the first path. Holds at most `most` nodes; more are not taken.
+    """
+
+    __slots__ = ("_end", "_most", "_nodes", "main", "root")
+
+    def __init__(self, prefix_hash: int, most: int) -> None:
+        self._most = most
+        self.clear(prefix_hash)
+
+    def __len__(self) -> int:
+        """Nodes, of all branches."""
+        return len(self._nodes) - 1
+
+    def clear(self, prefix_hash: int) -> None:
+        """Nothing follows the sequence with this hash."""
+        self.root = self._end = Node(-1, prefix_hash)
+        self._nodes = {prefix_hash: self.root}
+        self.main: list[int] = []
+
+    def paths(self) -> Iterator[tuple[int, ...]]:
+        """The tokens from the root to each node, parents before children."""
+        open_paths: list[tuple[Node, tuple[int, ...]]] = [(self.root, ())]
+        while open_paths:
+            node, path = open_paths.pop()
+            for child in node.children:
+                yield (*path, child.token)
+                open_paths.append((child, (*path, child.token)))
+
+    def find(self, prefix_hash: int) -> Node | None:
+        """The node that ends the prefix with this hash; the root ends the sequence itself."""
+        return self._nodes.get(prefix_hash)
+
+    def ends_main(self, node: Node) -> bool:
+        """Whether nothing follows this node and it is the last of the main path."""
+        return node is self._end
+
+    def add(self, node: Node, token: int) -> Node | None:
+        """The child of `node` with this token, made if there was none; None if there is no room."""
+        for child in node.children:
+            if child.token == token:
+                return child
+        if len(self) >= self._most:
+            return None
+        child = Node(token, extend(node.prefix_hash, token))
+        node.children.append(child)
+        self._nodes[child.prefix_hash] = child
+        if node is self._end:
+            self._end = child
+            self.main.append(token)
+        return child
+
+    def follow(self, token: int, prefix_hash: int) -> bool:
+        """The sequence grew by this token, to this hash: keep the branch that said so. True if it
+        was the main one; without such a branch nothing is left."""
+        old = self.root
+        chosen = next((child for child in old.children if child.token == token), None)
+        if chosen is None:
+            self.clear(prefix_hash)
+            return False
+        for child in old.children:
+            if child is not chosen:
+                self._forget(child)
+        del self._nodes[old.prefix_hash]
+        self.root = chosen
+        if chosen is old.children[0]:
+            self.main.pop(0)
+            return True
+        self.main = list(self._first_path(chosen))
+        return False
+
+    def _first_path(self, node: Node) -> Iterator[int]:
+        while node.children:
+            node = node.children[0]
+            yield node.token
+        self._end = node
+
+    def _forget(self, node: Node) -> None:
+        del self._nodes[node.prefix_hash]
+        for child in node.children:
+            self._forget(child)
