@@ -14,7 +14,7 @@ from typing import Final
 from pipespec.config import Schedule
 from pipespec.messages import Abort, Finish, Frame, Heartbeat, Link, Shutdown
 from pipespec.policy import make_policy
-from pipespec.runners.base import ModelRunner, Row, TailToken, TreeRow
+from pipespec.runners.base import BranchingRunner, ModelRunner, Row, TailToken, TreeRow
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
 from pipespec.state.outcomes import Budget
@@ -107,6 +107,7 @@ class StageLoop:
         num_ranked = 1 + self.state.role.outcomes.num_ranked
         if num_ranked == 1:
             return [(token,) for token in self._slots.runner.forward([row])[0]]
+        assert isinstance(self._slots.runner, BranchingRunner)
         tail = [TailToken(x.token, x.position, x.row, x.parent_row) for x in step.tail]
         tree = TreeRow(row, tail, step.keep, step.keep_start, num_ranked)
         return self._slots.runner.forward_tree(tree)

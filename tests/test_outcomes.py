@@ -9,7 +9,8 @@ from pipespec.hashing import hash_tokens
 from pipespec.messages import Draft, Link, Submit, Verdict
 from pipespec.state import RequestState, Role
 from pipespec.state.outcomes import Budget, RankStats
-from pipespec.state.request import Outgoing, Step
+from pipespec.state.request import Outgoing
+from pipespec.state.step import Step
 
 PROMPT = (7, 7, 7)
 BUDGET = Budget(num_ranked=2, length=3, num_feeds=2, num_rows=8, batch=99)

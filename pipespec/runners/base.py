@@ -89,15 +89,20 @@ class ModelRunner(Protocol):
         """One forward for every row; `result[r]` holds `rows[r].num_draws` token ids, in order."""
         ...
 
-    def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
-        """One forward of a text and branches of it: the row's draws, then one after each of
-        `row.tail`, `row.num_ranked` tokens each, best first."""
-        ...
-
     def release(self, slot: int) -> None:
         """Forget what the slot holds; its memory may be used for another request."""
         ...
 
     def close(self) -> None:
         """Give back device memory. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class BranchingRunner(ModelRunner, Protocol):
+    """One that can feed branches of a text beside it, if its `info.num_tail_rows` is not 0."""
+
+    def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
+        """One forward of a text and branches of it: the row's draws, then one after each of
+        `row.tail`, `row.num_ranked` tokens each, best first."""
         ...

@@ -14,7 +14,8 @@ from pipespec.hashing import hash_tokens
 from pipespec.messages import Draft
 from pipespec.simulate.cache import Cache
 from pipespec.state.outcomes import Feed
-from pipespec.state.request import RequestState, Step
+from pipespec.state.request import RequestState
+from pipespec.state.step import Step
 
 Path = tuple[int, ...]  # tokens from the end of the own sequence to a candidate
 

@@ -32,8 +32,9 @@ from pipespec.simulate import checks
 from pipespec.simulate.cache import Cache
 from pipespec.state.journal import Journal
 from pipespec.state.outcomes import Ranked
-from pipespec.state.request import RequestState, Role, Step
+from pipespec.state.request import RequestState
 from pipespec.state.stage import StageState
+from pipespec.state.step import Role, Step
 
 MAX_EVENTS = 200_000
 TICK_S = 2.0
@@ -257,12 +258,12 @@ class Simulation:
             self._transmit(index, state.receive(item.link, item.frame, self._now_s))
             return
         paths, length = set(request.cands.paths()), len(request.seq)
-        num_rollbacks = _rollbacks(request)
+        num_rollbacks = request.counts.num_rollbacks
         frames = state.receive(item.link, item.frame, self._now_s)
         if isinstance(message, Draft):
             checks.check_candidates(request, paths, message, item.ghost)
         checks.check_caps(request, reliable=not self._faults.any)
-        cause = "rollback" if _rollbacks(request) > num_rollbacks else ""
+        cause = "rollback" if request.counts.num_rollbacks > num_rollbacks else ""
         if isinstance(message, Verdict):
             self._count_case(message, item.cause, cause, length)
         self._transmit(index, frames, cause)
@@ -416,7 +417,3 @@ class Simulation:
             self._at(TICK_S, tick)
 
         return tick
-
-
-def _rollbacks(request: RequestState) -> int:
-    return request.counts.num_rollbacks

@@ -17,7 +17,7 @@ from pipespec.messages import Submit
 from pipespec.metrics import StageCounts
 from pipespec.policy import Policy, make_policy
 from pipespec.simulate.engine import SimStage, Simulation
-from pipespec.state.request import Role
+from pipespec.state.step import Role
 
 LATENCY_S: Final = 1e-4  # from one process to the next; of no weight beside steps of ms
 _VOCAB_SIZE: Final = 4096

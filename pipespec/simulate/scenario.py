@@ -11,7 +11,7 @@ from pipespec.messages import Submit
 from pipespec.policy import AdaptiveWait, FixedWait, Policy
 from pipespec.simulate.engine import Faults, Report, SimStage, Simulation
 from pipespec.state.outcomes import Budget
-from pipespec.state.request import Role
+from pipespec.state.step import Role
 
 VOCAB_SIZE = 4  # few tokens: wrong branches meet right ones by chance, again and again
 RELIABLE = Faults()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipespec.state.request import Step
+    from pipespec.state.step import Step
 
 
 @dataclass(slots=True)

@@ -21,79 +21,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
 from pipespec.state.candidates import Candidates, Node
 from pipespec.state.counts import Counts
-from pipespec.state.outcomes import Branch, Budget, Feed, Outcomes, Ranked
+from pipespec.state.outcomes import Branch, Feed, Outcomes, Ranked
+from pipespec.state.step import Role, Step
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
-
-
-@dataclass(slots=True)
-class Role:
-    """Where a stage stands and what bounds it; one object for all its requests.
-
-    run_ahead: tokens it may be ahead of the last verdict (the last stage has no such bound).
-    max_candidates: the most that the stage before it may be ahead. batch: tokens that a first draft
-    collects before it sends them. A policy may change the bounds between two transitions.
-    context_length: positions that the stage's own model can hold; a draft whose context is full
-    stops drafting, the target's was checked before the request was submitted. outcomes: what it may
-    spend on verdicts that may come. max_branch_tokens: the most that the stage before it may
-    prepare for its verdicts.
-    """
-
-    index: int
-    num_stages: int
-    run_ahead: int
-    max_candidates: int
-    batch: int = 1
-    context_length: int = 1 << 40
-    outcomes: Budget = Budget()
-    max_branch_tokens: int = 0
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward to run: feed `ids` at position `start`, take the draws after the last
-    `num_candidates + 1` of them. `base` is the position that the first draw is for.
-
-    tail: branch tokens to feed as well, with a draw after each. keep: before that, cache rows to
-    copy to `keep_start` and after: a branch that became the own sequence.
-    """
-
-    request: int
-    start: int
-    ids: tuple[int, ...]
-    num_candidates: int
-    is_prefill: bool = False
-    tail: tuple[Feed, ...] = ()
-    keep: tuple[int, ...] = ()
-    keep_start: int = 0
-
-    @property
-    def num_draws(self) -> int:
-        """Draws of the own sequence; none if only branches are fed."""
-        return self.num_candidates + 1 if self.ids else 0
-
-    @property
-    def base(self) -> int:
-        return self.start + len(self.ids) - self.num_candidates
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.ids)
 
 
 class RequestState:

@@ -29,7 +29,8 @@ from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
 from pipespec.state.outcomes import Ranked
-from pipespec.state.request import FinishCheck, Outgoing, RequestState, Role, Step
+from pipespec.state.request import FinishCheck, Outgoing, RequestState
+from pipespec.state.step import Role, Step
 
 NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Finish
 REFRESH_S = 5.0  # without a usable Draft from above for so long: send everything again
