@@ -201,7 +201,8 @@ def test_a_shipped_config_loads(path: Path) -> None:
 
 def test_the_shipped_configs_are_the_promised_ones() -> None:
     demos, llamas = {"demo", "demo-3", "demo-mid"}, {"llama2", "llama3", "llama3-8b", "llama3-8gpu"}
-    names = demos | llamas | {"qwen3"}
+    emulated = {"emulated-llama3-70b", "emulated-llama3-8b", "emulated-h100-70b"}
+    names = demos | llamas | emulated | {"qwen3"}
     assert {path.stem for path in SHIPPED} == names
     by_name = {path.stem: load_models_config(path) for path in SHIPPED}
     assert [m.devices for m in by_name["llama3"]] == [

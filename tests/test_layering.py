@@ -14,14 +14,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pipespec"
 # From the ground up; a module may import its own layer and those before it.
 LAYERS = (
     ("errors", "config", "hashing", "messages"),
-    ("state", "policy", "metrics", "results", "simulate", "placement", "machine"),
+    (
+        *("state", "policy", "metrics", "results", "emulation", "simulate", "placement"),
+        "machine",
+    ),
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),
     ("runners", "data", "demo"),
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
-    ("dry_run", "commands", "benchmark", "run_example"),
+    ("dry_run", "commands", "benchmark", "run_example", "fit_emulation"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -64,6 +67,7 @@ LIGHT = (
     *("pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.worker"),
     *("pipespec.placement", "pipespec.checkpoint", "pipespec.tokenizer", "pipespec.data"),
     *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
+    *("pipespec.emulation", "pipespec.fit_emulation"),
 )
 
 

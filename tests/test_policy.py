@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pipespec.config import Schedule
+from pipespec.emulation import Oracle
 from pipespec.policy import (
     AdaptiveWait,
     FixedWait,
@@ -18,7 +19,6 @@ from pipespec.policy import (
     make_policy,
 )
 from pipespec.simulate import SimStage, Simulation
-from pipespec.simulate.oracle import Oracle
 from pipespec.simulate.scenario import Scenario
 from pipespec.state import Role
 

@@ -18,9 +18,9 @@ from pipespec.checkpoint import (
     locate_tokenizer,
 )
 from pipespec.config import ModelConfig
+from pipespec.emulation import parse_emulation
 from pipespec.errors import ConfigError
 from pipespec.placement import Machine, StagePlacement, in_process, place, this_machine
-from pipespec.runners.emulated import parse_emulation
 from pipespec.tokenizer import TextTokenizer, check_same_tokenizer, load_tokenizer
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipespec.emulation import Oracle
 from pipespec.messages import Draft
-from pipespec.simulate.oracle import Oracle
 from pipespec.state.request import RequestState, Step
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipespec.emulation import Oracle
 from pipespec.errors import StageError
 from pipespec.hashing import extend, hash_tokens
 from pipespec.messages import (
@@ -29,7 +30,6 @@ from pipespec.messages import (
 )  # fmt: skip
 from pipespec.policy import Policy
 from pipespec.simulate import checks
-from pipespec.simulate.oracle import Oracle
 from pipespec.state.journal import Journal
 from pipespec.state.request import RequestState, Role, Step
 from pipespec.state.stage import StageState
@@ -37,6 +37,7 @@ from pipespec.state.stage import StageState
 MAX_EVENTS = 200_000
 TICK_S = 2.0
 STALL_S = 10.0
+SAME_MOMENT_S = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,9 @@ class Simulation:
     """Runs `submits` through `stages` until all are finished.
 
     jitter: scales a mean time to a random one (identity for a deterministic run). apply_mid_step:
-    frames are applied when they arrive, even while a forward is in flight; else after it.
+    frames are applied when they arrive, even while a forward is in flight; else after it. in_turn:
+    one forward at a time, of the stage nearest to the target that can do one, as `chain` does it;
+    with no latency.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Simulation:
         seed: int = 0,
         jitter: bool = False,
         apply_mid_step: bool = False,
+        in_turn: bool = False,
         faults: Faults | None = None,
         verify: bool = True,
     ) -> None:
@@ -128,6 +132,7 @@ class Simulation:
         self._latency_s = latency_s
         self._jitter = jitter
         self._apply_mid_step = apply_mid_step
+        self._in_turn = in_turn
         self._faults = faults or Faults()
         self._verify = verify
         self._now_s = 0.0
@@ -271,6 +276,19 @@ class Simulation:
             counts["bonus tokens that match the run-ahead"] += ran_past and not effect
 
     def _act(self, index: int) -> None:
+        if self._in_turn:
+            # Once all that is said at this moment has been heard, by all stages.
+            self._at(SAME_MOMENT_S, self._act_in_turn)
+        else:
+            self._step(index)
+
+    def _act_in_turn(self) -> None:
+        for index in reversed(range(len(self._processes))):
+            if any(process.step is not None for process in self._processes):
+                return
+            self._step(index)
+
+    def _step(self, index: int) -> None:
         process = self._processes[index]
         if process.step is not None or not process.is_up:
             return
