@@ -257,10 +257,10 @@ def test_xz_after_the_train_text_pays_only_for_what_is_new(tmp_path: Path) -> No
     new = source_file(tmp_path, "new", unseen)
     seen = xz_figures(library=[file], other=[new], train=[file])
     alone = 8 * len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
-    assert seen.library == pytest.approx(alone / len(text))
-    assert seen.library_after_train < 0.2 * seen.library
+    assert seen.on_library == pytest.approx(alone / len(text))
+    assert seen.on_library_after_train < 0.2 * seen.on_library
     not_seen = xz_figures(library=[file], other=[new], train=[new])
-    assert 0.5 * seen.library < not_seen.library_after_train < seen.library
+    assert 0.5 * seen.on_library < not_seen.on_library_after_train < seen.on_library
 
 
 # -- the command ------------------------------------------------------------------------------

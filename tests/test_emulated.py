@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from pipespec.config import SamplingParams
+from pipespec.emulation import parse_emulation
 from pipespec.errors import ConfigError, PipeSpecError
 from pipespec.runners.base import ModelRunner, Row
-from pipespec.runners.emulated import EmulatedRunner, parse_emulation
+from pipespec.runners.emulated import EmulatedRunner
 
 VOCAB_SIZE = 50
 INSTANT = {"step_ms": {"1": 0}}

@@ -12,8 +12,7 @@ from collections import Counter
 
 import pytest
 
-from pipespec.simulate import scenario
-from pipespec.simulate.engine import Faults
+from pipespec.simulate import Faults, scenario
 
 CAMPAIGNS = {
     "RELIABLE": (scenario.RELIABLE, 1500),

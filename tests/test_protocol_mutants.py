@@ -15,8 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from pipespec.simulate import engine, scenario
-from pipespec.simulate.engine import Faults
+from pipespec.simulate import Faults, engine, scenario
 from pipespec.state import journal, links, request, stage
 
 MAX_SEEDS = 400

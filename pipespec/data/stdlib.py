@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipespec.demo.corpus import SourceFile, held_out_files, is_table_module, is_test_module
+from pipespec.demo.corpus import SourceFile, held_out_files, is_library_module
 from pipespec.demo.functions import SourceFunction, functions_of
 
 MIN_PROMPT_CHARS = 100
@@ -69,7 +69,7 @@ def stdlib_prompts(folder: Path | None = None) -> list[StdlibPrompt]:
 
 def _candidates(file: SourceFile) -> Iterator[_Candidate]:
     name = file.module_name
-    if is_test_module(name) or is_table_module(name) or _is_private(name):
+    if not is_library_module(name) or _is_private(name):
         return
     for function in functions_of(file):
         text = None if _is_private(function.name) else _prompt_text(function)

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pipespec.data.arithmetic import arithmetic_text
-from pipespec.demo.corpus import SourceFile, is_table_module, is_test_module
+from pipespec.demo.corpus import SourceFile, is_library_module
 from pipespec.demo.functions import function_texts
 from pipespec.demo.settings import Shares
 from pipespec.demo.tokenizer import END_OF_TEXT_ID
@@ -99,8 +99,8 @@ def build_streams(
     """Tokenize train-side files, packages and so many arithmetic problems, or read what an earlier
     run has written to `folder`."""
     texts: dict[str, Callable[[], Iterable[str]]] = {
-        "library": lambda: (file.text() for file in files if not _is_other(file)),
-        "other": lambda: (file.text() for file in files if _is_other(file)),
+        "library": lambda: _texts(files, library=True),
+        "other": lambda: _texts(files, library=False),
         "packages": lambda: (file.text() for file in packages),
         "functions": lambda: function_texts(files),
         "package_functions": lambda: function_texts(packages),
@@ -122,8 +122,8 @@ def require_length(streams: TokenStreams, length: int) -> None:
         )
 
 
-def _is_other(file: SourceFile) -> bool:
-    return is_test_module(file.module_name) or is_table_module(file.module_name)
+def _texts(files: Sequence[SourceFile], library: bool) -> Iterator[str]:
+    return (file.text() for file in files if is_library_module(file.module_name) == library)
 
 
 def _path(folder: Path, name: str) -> Path:

@@ -39,7 +39,7 @@ _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 @dataclass(frozen=True, slots=True, order=True)
 class SourceFile:
-    """One module of the standard library: its dotted name and where its source lies."""
+    """One module, of the standard library or of a package: its dotted name and its source."""
 
     module_name: str
     path: Path
@@ -69,6 +69,11 @@ def is_test_module(module_name: str) -> bool:
 def is_table_module(module_name: str) -> bool:
     """Whether a module is mostly a generated table or reference text rather than code."""
     return not _TABLE_PARTS.isdisjoint(module_name.split("."))
+
+
+def is_library_module(module_name: str) -> bool:
+    """Whether a module is code that people import: neither a test nor a table."""
+    return not (is_test_module(module_name) or is_table_module(module_name))
 
 
 def source_files(folder: Path | None = None) -> list[SourceFile]:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -27,11 +26,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pipespec.commands.arguments import Parser
+from pipespec.commands.entry import library_errors, run_command
 from pipespec.config import SamplingParams
 from pipespec.data.arithmetic import arithmetic_problems, is_correct
 from pipespec.data.stdlib import stdlib_prompts
 from pipespec.demo.continuations import continue_texts, draft_ranks
-from pipespec.demo.corpus import held_out_files, train_files
+from pipespec.demo.corpus import held_out_files, is_library_module, train_files
 from pipespec.demo.evaluate_tables import print_evaluation
 from pipespec.demo.figures import (
     PASS_AT,
@@ -43,8 +44,8 @@ from pipespec.demo.figures import (
 )
 from pipespec.demo.measures import Continuation, distinct_ngrams, mean, pass_at_k, speculation
 from pipespec.demo.progress import Progress, ProgressDisplay, Report
-from pipespec.demo.real_text import is_library, read_text, windows, xz_figures
-from pipespec.errors import ModelLoadError, PipeSpecError, UsageError
+from pipespec.demo.real_text import read_text, windows, xz_figures
+from pipespec.errors import ModelLoadError, UsageError
 
 Models = Mapping[str, LlamaForCausalLM]
 
@@ -59,8 +60,8 @@ def evaluate(folder: Path, settings: EvaluationSettings, report: Report) -> Eval
         report(Progress("evaluation", next(parts), num_parts, part))
 
     files = held_out_files()
-    library = [file for file in files if is_library(file)]
-    other = [file for file in files if not is_library(file)]
+    library = [file for file in files if is_library_module(file.module_name)]
+    other = [file for file in files if not is_library_module(file.module_name)]
     library_windows, other_windows = (
         windows(tokenizer, kind, settings.num_windows, settings.window_length)
         for kind in (library, other)
@@ -169,24 +170,18 @@ def _load(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, LlamaForCaus
     return tokenizer, dict(sorted(models.items(), key=lambda item: item[1].num_parameters()))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage text."""
-        raise UsageError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     defaults = EvaluationSettings()
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pipespec.demo.evaluate",
-        description="Measure a demo family on the standard library's held-out modules and on "
+        description="Measures a demo family on the standard library's held-out modules and on "
         "held-out arithmetic questions.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the model folders")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     def number(flag: str, default: int, says: str) -> None:
-        parser.add_argument(flag, type=int, default=default, help=f"{says} (default: {default})")
+        parser.add_argument(flag, type=int, default=default, help=says)
 
     number("--prompts", defaults.num_prompts, "texts that each model writes")
     number("--tokens", defaults.num_tokens, "their length")
@@ -195,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=list(defaults.temperatures),
-        help="of the texts beside the greedy ones (default: 1)",
+        help="of the texts beside the greedy ones",
     )
     number("--windows", defaults.num_windows, "pieces of held-out text")
     number("--questions", defaults.num_questions, "held-out arithmetic questions; 0 asks none")
@@ -230,20 +225,17 @@ def _settings(options: argparse.Namespace) -> EvaluationSettings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    settings = _settings(options)
     transformers_logging.disable_progress_bar()
-    try:
-        options = _parser().parse_args(arguments)
-        settings = _settings(options)
-        torch.set_num_threads(options.threads)
-        with ProgressDisplay(errors) as display:
-            evaluation = evaluate(options.folder, settings, display.show)
-    except PipeSpecError as error:
-        errors.print(f"error: {error}", markup=False)
-        return error.exit_code
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        return 130
+    torch.set_num_threads(options.threads)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    with library_errors("evaluation"), ProgressDisplay(errors) as display:
+        evaluation = evaluate(options.folder, settings, display.show)
     if options.json:
         sys.stdout.write(json.dumps(asdict(evaluation), indent=2) + "\n")
     else:

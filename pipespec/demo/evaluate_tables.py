@@ -47,8 +47,8 @@ def _models(evaluation: Evaluation) -> Table:
             *(_figure(model.pass_at.get(k)) for k in PASS_AT),
         )
     xz = evaluation.xz
-    table.add_row("xz -9e", "", _figure(xz.library, 3), _figure(xz.other, 3))
-    table.add_row("xz after train", "", _figure(xz.library_after_train, 3))
+    table.add_row("xz -9e", "", _figure(xz.on_library, 3), _figure(xz.on_other, 3))
+    table.add_row("xz after train", "", _figure(xz.on_library_after_train, 3))
     return table
 
 

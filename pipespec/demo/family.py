@@ -196,10 +196,7 @@ def _train_drafts(
                     report(message)
             failed = [process for process in ended if process.exitcode]
             if failed:
-                raise StageError(
-                    f"training {failed[0].name} failed, see the traceback above; the same command "
-                    "continues from the last checkpoint"
-                )
+                raise StageError(f"training {failed[0].name} failed, see the traceback above")
             time.sleep(POLL_S)
     finally:
         for process in processes:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pipespec.demo.corpus import SourceFile, is_table_module, is_test_module
+from pipespec.demo.corpus import SourceFile, is_library_module
 
 MAX_FUNCTION_CHARS = 4000
 MIN_FUNCTION_LINES = 3
@@ -59,7 +59,7 @@ def function_texts(files: Iterable[SourceFile]) -> Iterator[str]:
     """Every function of library modules that is neither trivial nor huge, no text twice."""
     seen: set[str] = set()
     for file in files:
-        if is_test_module(file.module_name) or is_table_module(file.module_name):
+        if not is_library_module(file.module_name):
             continue
         for function in functions_of(file):
             text = function.text()

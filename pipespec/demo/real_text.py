@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipespec.demo.corpus import SourceFile, is_table_module, is_test_module
+from pipespec.demo.corpus import SourceFile
 from pipespec.demo.measures import mean, repeats
 from pipespec.demo.tokenizer import END_OF_TEXT_ID
 from pipespec.errors import UsageError
@@ -62,19 +62,14 @@ class PairOnText:
 class XzFigures:
     """Bits per byte that `xz -9e` needs for all held-out files together, library modules or others.
 
-    It sees nothing but the text it compresses. library_after_train: it may read the train side
+    It sees nothing but the text it compresses. on_library_after_train: it may read the train side
     before, as a model did; what counts is by how many bytes both together are larger than the train
     side alone. Its dictionary of 64 MiB holds all of it.
     """
 
-    library: float
-    other: float
-    library_after_train: float
-
-
-def is_library(file: SourceFile) -> bool:
-    """Whether a module is neither a test nor a table."""
-    return not (is_test_module(file.module_name) or is_table_module(file.module_name))
+    on_library: float
+    on_other: float
+    on_library_after_train: float
 
 
 def windows(
@@ -151,9 +146,9 @@ def xz_figures(
         finally:
             stop.set()  # Ctrl-C need not wait for the threads
     return XzFigures(
-        library=_xz_bits(library_text) / len(library_text),
-        other=_xz_bits(other_text) / len(other_text),
-        library_after_train=(both - before) / len(library_text),
+        on_library=_xz_bits(library_text) / len(library_text),
+        on_other=_xz_bits(other_text) / len(other_text),
+        on_library_after_train=(both - before) / len(library_text),
     )
 
 

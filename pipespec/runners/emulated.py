@@ -20,8 +20,6 @@ from pipespec.runners.rows import check_row
 
 _MAX_OVERSLEEP_S: Final = 1e-3
 
-__all__ = ["EmulatedRunner", "parse_emulation"]
-
 
 class EmulatedRunner:
     """Imitates a model as its config's "emulated" object says.

@@ -5,10 +5,12 @@ seeded randomness. A failure replays from its seed. Nothing here sleeps, opens o
 """
 
 from pipespec.simulate.checks import InvariantViolation
-from pipespec.simulate.engine import Report, SimStage, Simulation
+from pipespec.simulate.engine import Simulation
 from pipespec.simulate.scenario import Scenario, simulate_seed
+from pipespec.simulate.setup import Faults, Report, SimStage
 
 __all__ = [
+    "Faults",
     "InvariantViolation",
     "Report",
     "Scenario",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pipespec.emulation import Oracle
 from pipespec.errors import StageError
@@ -27,9 +25,9 @@ from pipespec.messages import (
     Submit,
     Verdict,
 )  # fmt: skip
-from pipespec.policy import Policy
 from pipespec.simulate import checks
 from pipespec.simulate.cache import Cache
+from pipespec.simulate.setup import Faults, Report, SimStage
 from pipespec.state.journal import Journal
 from pipespec.state.outcomes import Ranked
 from pipespec.state.request import RequestState
@@ -40,44 +38,6 @@ MAX_EVENTS = 200_000
 TICK_S = 2.0
 STALL_S = 10.0
 SAME_MOMENT_S = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class SimStage:
-    """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws."""
-
-    role: Callable[[], Role]
-    policy: Callable[[], Policy]
-    step_s: Callable[[int], float]
-    oracle: Oracle
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What goes wrong. Stalls, loss, duplication and reordering are probabilities a frame; a stall
-    holds back what follows on the link too, so that it may outlive a restart of either end."""
-
-    num_crashes: int = 0
-    stalls: float = 0.0
-    loss: float = 0.0
-    duplication: float = 0.0
-    reordering: float = 0.0
-    unequal_target: bool = False  # a restarted target draws otherwise, as after a driver update
-
-    @property
-    def any(self) -> bool:
-        return self != Faults()
-
-
-@dataclass(slots=True)
-class Report:
-    """What happened. outputs: token ids by request. counts: events by name. stats: the counters
-    of each stage, by request. end_s: virtual time of the last output token."""
-
-    outputs: dict[int, list[int]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-    stats: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
-    end_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

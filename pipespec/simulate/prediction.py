@@ -6,17 +6,18 @@ is what real processes add: Python between the steps, cores that are not free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from pipespec.config import ModelConfig, SamplingParams, Schedule
-from pipespec.emulation import Emulation, Oracle, parse_emulation
+from pipespec.emulation import Emulation, parse_emulation
 from pipespec.errors import ConfigError
 from pipespec.messages import Submit
 from pipespec.metrics import StageCounts
-from pipespec.policy import Policy, make_policy
-from pipespec.simulate.engine import SimStage, Simulation
+from pipespec.policy import make_policy
+from pipespec.simulate.engine import Simulation
+from pipespec.simulate.setup import SimStage
 from pipespec.state.step import Role
 
 LATENCY_S: Final = 1e-4  # from one process to the next; of no weight beside steps of ms
@@ -108,17 +109,14 @@ def _stage(
     schedule: Schedule,
     is_chain: bool,
 ) -> SimStage:
-    """As `stage.Stage` and `decoding.chain` set them up."""
+    """As `stage.StageLoop` and `decoding.chain` set them up."""
     ahead = schedule.run_ahead
     if is_chain:
         ahead = schedule.lookahead or ahead
 
-    def role() -> Role:
-        return Role(index, num_stages, ahead, ahead)
-
-    def policy() -> Policy:
-        return make_policy(schedule, is_first=index == 0, overlaps=not is_chain)
-
-    oracle: Oracle = emulation.oracle(min(_VOCAB_SIZE, emulation.vocab_size), name)
-    step_s: Callable[[int], float] = emulation.forward_s
-    return SimStage(role, policy, step_s, oracle)
+    return SimStage(
+        role=lambda: Role(index, num_stages, ahead, ahead),
+        policy=lambda: make_policy(schedule, is_first=index == 0, overlaps=not is_chain),
+        step_s=emulation.forward_s,
+        oracle=emulation.oracle(min(_VOCAB_SIZE, emulation.vocab_size), name),
+    )

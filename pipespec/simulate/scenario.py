@@ -9,7 +9,8 @@ from pipespec.config import SamplingParams
 from pipespec.emulation import Oracle
 from pipespec.messages import Submit
 from pipespec.policy import AdaptiveWait, FixedWait, Policy
-from pipespec.simulate.engine import Faults, Report, SimStage, Simulation
+from pipespec.simulate.engine import Simulation
+from pipespec.simulate.setup import Faults, Report, SimStage
 from pipespec.state.outcomes import Budget
 from pipespec.state.step import Role
 
