@@ -32,7 +32,7 @@ from pipespec.state.journal import Journal
 from pipespec.state.outcomes import Ranked
 from pipespec.state.request import RequestState
 from pipespec.state.stage import StageState
-from pipespec.state.step import Role, Step
+from pipespec.state.step import Step
 
 MAX_EVENTS = 200_000
 TICK_S = 2.0
