@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from pipespec.config import Schedule
@@ -40,6 +41,21 @@ class StepResult:
     end_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a stage could feed in its next forward, and how many tokens that brings on average.
+
+    own_length: tokens of its text and candidates (0: none may follow), worth `own_value` tokens.
+    branch_values: of one token more of each prepared outcome, best first. own_is_optional: there
+    may be forwards over outcomes alone.
+    """
+
+    own_length: int
+    own_value: float
+    branch_values: tuple[float, ...]
+    own_is_optional: bool
+
+
 class Policy(Protocol):
     """Decides for one stage."""
 
@@ -51,6 +67,10 @@ class Policy(Protocol):
 
     def use(self, num_candidates: int) -> int:
         """How many of so many candidates to verify now; the others stay for the next step."""
+        ...
+
+    def feed(self, offer: Offer) -> tuple[bool, int]:
+        """Whether to feed the own text now, and how many of the outcomes beside it."""
         ...
 
     def on_step(self, result: StepResult) -> None:
@@ -77,6 +97,9 @@ class FixedWait:
 
     def use(self, num_candidates: int) -> int:
         return num_candidates
+
+    def feed(self, offer: Offer) -> tuple[bool, int]:
+        return offer.own_length > 0, len(offer.branch_values)
 
     def on_step(self, result: StepResult) -> None:
         pass
@@ -193,6 +216,20 @@ class AdaptiveWait:
 
     def use(self, num_candidates: int) -> int:
         return min(num_candidates, self._most)
+
+    def feed(self, offer: Offer) -> tuple[bool, int]:
+        """What brings most tokens per second: a long forward must be worth its time."""
+        if self._steps.estimate(1) is None:
+            return offer.own_length > 0, len(offer.branch_values)
+        sums = list(accumulate(offer.branch_values, initial=0.0))
+        rates: dict[tuple[bool, int], float] = {}
+        for count, value in enumerate(sums):
+            if offer.own_length:
+                seconds = self._steps.estimate(offer.own_length + count) or 1.0
+                rates[True, count] = (offer.own_value + value) / seconds
+            if count and (offer.own_is_optional or not offer.own_length):
+                rates[False, count] = value / (self._steps.estimate(count) or 1.0)
+        return max(rates, key=rates.__getitem__)
 
     def _draft_s(self) -> float:
         if self._num_drafted:

@@ -37,7 +37,8 @@ class Counts:
     num_discarded_steps: int = 0
     num_dropped_verdicts: int = 0
     num_overflows: int = 0
-    num_outcome_hits: int = 0
+    num_corrections: int = 0  # own tokens that a verdict replaced by another
+    num_outcome_hits: int = 0  # of these, foreseen
     wait_s: float = 0.0
     forward_s: float = 0.0
 

@@ -26,7 +26,7 @@ from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
 from pipespec.state.candidates import Candidates, Node
 from pipespec.state.counts import Counts
-from pipespec.state.outcomes import Branch, Feed, Outcomes, Ranked
+from pipespec.state.outcomes import Branch, Outcomes, Ranked
 from pipespec.state.step import Role, Step
 
 Outgoing = tuple[Link, Message]
@@ -110,7 +110,7 @@ class RequestState:
         time."""
         if not self.role.is_first or self.step is not None or self.is_prefill:
             return False
-        return self.outcomes.has_work(self.acked, self.kv_valid)
+        return bool(self.outcomes.offers(self.acked, self.kv_valid))
 
     @property
     def is_prefill(self) -> bool:
@@ -173,21 +173,34 @@ class RequestState:
         self.outcomes.forget_before(end, was_lost=verdict.full)
         return outgoing + self.flush(is_answer=is_hit)
 
-    def begin_step(self, most: int) -> Step:
-        """Starts a forward over what the cache lacks and as many candidates as are of use, at most
-        `most`."""
-        main = self.cands.main
+    def offers(self) -> list[Branch]:
+        """Prepared outcomes that could grow in the next forward, best first."""
+        if not self.role.outcomes.num_ranked or self.is_prefill:
+            return []
+        end = len(self.seq) if self.can_step else self.kv_valid
+        return self.outcomes.offers(self.acked, end)
+
+    def num_usable(self, most: int) -> int:
+        """Candidates that the next forward verifies, if it verifies at most `most`."""
+        if self.is_prefill:
+            return 0
+        return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
+
+    def begin_step(
+        self, most: int, branches: Sequence[Branch] = (), *, takes_own: bool = True
+    ) -> Step:
+        """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
+        `most`, if takes_own and own tokens may follow; and over a token of each of `branches`,
+        which come from `offers`."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
-        if self.can_step:
-            num_candidates = 0 if self.is_prefill else min(len(main), self.room - 1, most)
-            start = min(self.kv_valid, len(self.seq) - 1)
-            ids = (*self.seq[start:], *main[:num_candidates])
-        tail: tuple[Feed, ...] = ()
-        if self.role.outcomes.num_ranked and not self.is_prefill:
-            self.outcomes.make_room(start + len(ids))
-            end = min(start + len(ids), len(self.seq))
-            tail = self.outcomes.feeds(self.acked, end, self._first_tail_row)
+        cached = [branch for branch in branches if branch.position <= start]
+        if self.can_step and (takes_own or not cached):
+            num_candidates = self.num_usable(most)
+            start = min(start, len(self.seq) - 1)
+            ids = (*self.seq[start:], *self.cands.main[:num_candidates])
+        self.outcomes.make_room(start + len(ids))
+        tail = self.outcomes.feed(branches if ids else cached, self._first_tail_row)
         keep, self.keep = self.keep, ()
         self.step = Step(
             self.request, start, ids, num_candidates, self.is_prefill, tail, keep, self.keep_start
@@ -235,10 +248,11 @@ class RequestState:
         self.counts.log_step(step, num_accepted, num_emitted, start_s, end_s)
         return self._send_up(first_new) + self.flush()
 
-    def flush(self, *, is_answer: bool = False) -> list[Outgoing]:
+    def flush(self, *, is_answer: bool = False, is_urgent: bool = False) -> list[Outgoing]:
         """Drafts not sent yet, within the bound on run-ahead, if at least a batch or the last.
 
-        is_answer: the next stage may wait to hear that nothing follows."""
+        is_answer: the next stage may wait to hear that nothing follows. is_urgent: no more will
+        come soon."""
         if self.role.is_last:
             return []
         end = min(len(self.seq), self.acked + self.role.run_ahead)
@@ -247,7 +261,7 @@ class RequestState:
         # Nobody may wait for a draft whose context is full, so it says so, with no tokens.
         has_news = num_unsent > 0 or (self.context_is_short and self.remaining <= 0)
         has_news |= is_answer and stops
-        if not has_news or (num_unsent < self.role.batch and not stops):
+        if not has_news or (num_unsent < self.role.batch and not (stops or is_urgent)):
             return self._branch_draft()
         parent, tokens = self.hashes[self.sent], tuple(self.seq[self.sent : end])
         draft = Draft(self.request, parent, self.sent, tokens, stops)
@@ -296,6 +310,7 @@ class RequestState:
 
     def _observe(self, num_same: int, first_new: int, rest: Sequence[int]) -> None:
         is_corrected = bool(rest) and first_new < len(self.seq)
+        self.counts.num_corrections += is_corrected
         rank = self.outcomes.rank(first_new, rest[0]) if is_corrected else None
         self.outcomes.stats.observe(num_same, rank, corrected=is_corrected)
 
@@ -332,7 +347,8 @@ class RequestState:
                 num_emitted = 1
         self.counts.num_discarded_steps += bool(step.ids)
         self.counts.log_step(step, 0, num_emitted, start_s, end_s)
-        return (self._send_up(len(self.seq) - num_emitted) if num_emitted else []) + self.flush()
+        told = self._send_up(len(self.seq) - num_emitted) if num_emitted else []
+        return told + self.flush(is_urgent=True)
 
     def _branch_draft(self) -> list[Outgoing]:
         """Prepared continuations that the next stage does not have yet, as one tree."""

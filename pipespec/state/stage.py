@@ -24,7 +24,7 @@ from pipespec.messages import (
     Submit,
     Verdict,
 )  # fmt: skip
-from pipespec.policy import Policy, Situation, StepResult
+from pipespec.policy import Offer, Policy, Situation, StepResult, expected_tokens
 from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
@@ -98,7 +98,7 @@ class StageState:
             if ready_at_s is not None and ready_at_s <= now_s:
                 self._turn += offset + 1
                 self._in_flight = request
-                return Decision(request.begin_step(self.policy.use(len(request.cands.main))))
+                return Decision(self._begin_step(request))
             if ready_at_s is not None:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
@@ -220,6 +220,24 @@ class StageState:
         return outgoing
 
     # -- parts ------------------------------------------------------------------------------
+
+    def _begin_step(self, request: RequestState) -> Step:
+        most = self.policy.use(len(request.cands.main))
+        branches = request.offers()
+        if not branches:
+            return request.begin_step(most)
+        own_length, own_value = 0, 0.0
+        if request.can_step:
+            num_candidates = request.num_usable(most)
+            own_length = max(1, len(request.seq) - request.kv_valid) + num_candidates
+            # The next stage accepts a token if it has accepted all that it has not seen yet.
+            agreement = request.outcomes.stats.agreement
+            is_reached = agreement ** (len(request.seq) - request.acked)
+            own_value = is_reached * agreement * expected_tokens(agreement, num_candidates)
+        values = tuple(branch.value for branch in branches)
+        offer = Offer(own_length, own_value, values, self.role.is_first)
+        takes_own, num_branches = self.policy.feed(offer)
+        return request.begin_step(most, branches[:num_branches], takes_own=takes_own)
 
     def _ready_at(self, request: RequestState, now_s: float) -> float | None:
         """When `request` may step: now, later (the wait for candidates ends), or None (not before
