@@ -30,11 +30,13 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A forward over `query_length` tokens, `num_offered` of them candidates, that took `seconds`,
-    ended at `end_s` and added `num_emitted` tokens (0 if a verdict had overtaken it)."""
+    """A forward over `query_length` tokens, `num_offered` of them candidates of the main path of
+    which it accepted `num_accepted`, that took `seconds`, ended at `end_s` and added `num_emitted`
+    tokens (0 if a verdict had overtaken it)."""
 
     query_length: int
     num_offered: int
+    num_accepted: int
     num_emitted: int
     is_prefill: bool
     seconds: float
@@ -46,13 +48,13 @@ class Offer:
     """What a stage could feed in its next forward, and how many tokens that brings on average.
 
     own_length: tokens of its text and candidates (0: none may follow), worth `own_value` tokens.
-    branch_values: of one token more of each prepared outcome, best first. own_is_optional: there
-    may be forwards over outcomes alone.
+    extra_values: of what could be fed beside it, best first: candidates of other branches, one more
+    token of a prepared outcome. own_is_optional: there may be forwards without the own text.
     """
 
     own_length: int
     own_value: float
-    branch_values: tuple[float, ...]
+    extra_values: tuple[float, ...]
     own_is_optional: bool
 
 
@@ -70,7 +72,7 @@ class Policy(Protocol):
         ...
 
     def feed(self, offer: Offer) -> tuple[bool, int]:
-        """Whether to feed the own text now, and how many of the outcomes beside it."""
+        """Whether to feed the own text now, and how many of the extras beside it."""
         ...
 
     def on_step(self, result: StepResult) -> None:
@@ -99,7 +101,7 @@ class FixedWait:
         return num_candidates
 
     def feed(self, offer: Offer) -> tuple[bool, int]:
-        return offer.own_length > 0, len(offer.branch_values)
+        return offer.own_length > 0, len(offer.extra_values)
 
     def on_step(self, result: StepResult) -> None:
         pass
@@ -220,8 +222,8 @@ class AdaptiveWait:
     def feed(self, offer: Offer) -> tuple[bool, int]:
         """What brings most tokens per second: a long forward must be worth its time."""
         if self._steps.estimate(1) is None:
-            return offer.own_length > 0, len(offer.branch_values)
-        sums = list(accumulate(offer.branch_values, initial=0.0))
+            return offer.own_length > 0, len(offer.extra_values)
+        sums = list(accumulate(offer.extra_values, initial=0.0))
         rates: dict[tuple[bool, int], float] = {}
         for count, value in enumerate(sums):
             if offer.own_length:
@@ -262,7 +264,7 @@ class AdaptiveWait:
         return cycle_rate(*args, overlaps=self._overlaps)
 
     def _observe_acceptance(self, result: StepResult) -> None:
-        num_accepted = min(result.num_offered, result.num_emitted - 1)
+        num_accepted = result.num_accepted
         # A rejection ends what can be learnt from a step, so it counts for one scored token.
         num_scored = min(result.num_offered, num_accepted + 1)
         decay = math.exp2(-num_scored / 64.0)

@@ -8,6 +8,7 @@ from pipespec.config import SamplingParams
 from pipespec.hashing import hash_tokens
 from pipespec.messages import Draft, Link, Submit, Verdict
 from pipespec.state import RequestState, Role
+from pipespec.state.beside import offers_beside
 from pipespec.state.outcomes import Budget, RankStats
 from pipespec.state.request import Outgoing
 from pipespec.state.step import Step
@@ -31,7 +32,7 @@ def drafter(
 
 def begin(state: RequestState) -> Step:
     """A forward over all that could be fed."""
-    return state.begin_step(16, state.offers())
+    return state.begin_step(16, offers_beside(state, 16))
 
 
 def step(state: RequestState, own: Sequence[int], *tails: Sequence[int]) -> Step:

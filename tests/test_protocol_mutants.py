@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from pipespec.simulate import Faults, engine, scenario
-from pipespec.state import journal, links, request, stage
+from pipespec.state import journal, links, outcomes, request, stage
 
 MAX_SEEDS = 400
 
@@ -35,9 +35,12 @@ class Mutant:
 
 GROWTH = """\
             self._roll_back(first_new)
-            for token in tokens[same:]:
+            for token in rest:
                 self._push(token)
             self.sent = len(self.seq)
+            is_hit = branch is not None
+            if branch is not None:
+                self._adopt(branch, len(rest))
             outgoing += self._send_up(first_new)
 """
 
@@ -73,10 +76,38 @@ MUTANTS = {
     ),
     "KV + 1": Mutant(
         request,
-        "self.kv_valid = min(step.end, len(self.seq) - rejected)",
-        "self.kv_valid = min(step.end, len(self.seq))",
+        "        self.kv_valid = first_new + num_accepted\n",
+        "        self.kv_valid = min(step.end, first_new + num_accepted + 1)\n",
         scenario.RELIABLE,
         ("KV ids equal the prefix", "draws are used only on their own context"),
+    ),
+    "rows not kept": Mutant(
+        request,
+        "        self.keep = tuple(verified.rows[: num_accepted - self.num_main_accepted])\n",
+        "        self.keep = ()\n",
+        scenario.RELIABLE,
+        ("KV ids equal the prefix", "KeyError"),
+    ),
+    "rows kept beyond a rollback": Mutant(
+        request,
+        "        self.keep = self.keep[: max(0, length - self.keep_start)]\n",
+        "        pass\n",
+        scenario.RELIABLE,
+        ("KV ids equal the prefix",),
+    ),
+    "a branch adopted for another verdict": Mutant(
+        outcomes,
+        "if branch is None or branch.tokens[: len(tokens)] != list(tokens):",
+        "if branch is None:",
+        scenario.RELIABLE,
+        ("KV ids equal the prefix", "draws are used only on their own context"),
+    ),
+    "alternatives outlive a rollback": Mutant(
+        outcomes,
+        "        for position in [known for known in self._alternatives if known >= length]:\n",
+        "        for position in ():\n",
+        scenario.RELIABLE,
+        ("a candidate was drafted on the prefix it follows", "nobody sends more"),
     ),
     "KV not cut by a rollback": Mutant(
         request,
@@ -89,7 +120,7 @@ MUTANTS = {
         request,
         "        if valid < len(self.seq):\n",
         "        if valid < step.base:\n            first_new = len(self.seq)\n"
-        "            self._push(draws[0])\n            return self._send_up(first_new)\n"
+        "            self._push(draws[0][0])\n            return self._send_up(first_new)\n"
         "        if False:\n",
         scenario.RELIABLE,
         ("draws are used only on their own context", "IndexError"),
@@ -136,7 +167,7 @@ def first_failure(faults: Faults) -> tuple[int, str] | None:
     for seed in range(MAX_SEEDS):
         try:
             scenario.simulate_seed(seed, faults)
-        except (AssertionError, IndexError) as error:
+        except (AssertionError, IndexError, KeyError) as error:
             return seed, f"{type(error).__name__}: {error}"
     return None
 
@@ -147,6 +178,8 @@ def test_a_planted_bug_breaks_a_promise(name: str, monkeypatch: pytest.MonkeyPat
     module = mutated(mutant)
     if mutant.module is request:
         monkeypatch.setattr(stage, "RequestState", module.RequestState)
+    elif mutant.module is outcomes:
+        monkeypatch.setattr(request, "Outcomes", module.Outcomes)
     elif mutant.module is links:
         monkeypatch.setattr(stage, "Links", module.Links)
         monkeypatch.setattr(stage, "Arrival", module.Arrival)

@@ -19,7 +19,7 @@ from pipespec.runners.drawing import draw_rows, rank_tree
 from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
 
-TAIL_ROWS = 128  # of each slot, beyond its context, for branches
+TAIL_ROWS = 192  # of each slot, beyond its context, for branches
 
 
 class _Slot:

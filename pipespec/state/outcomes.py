@@ -16,6 +16,8 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pipespec.state.tail import Feed, TailRows
+
 Ranked = tuple[int, ...]  # token ids, best first
 
 
@@ -31,11 +33,10 @@ class Budget:
     num_rows: int = 64
     batch: int = 8
 
-    @property
-    def most_tokens(self) -> int:
-        """That the next stage may have to hold: a branch has one token that is not fed, and those
-        of the case that occurred stay when the next ones come."""
-        return 4 * self.num_rows if self.num_ranked else 0
+    def most_tokens(self, run_ahead: int) -> int:
+        """That the next stage may have to hold: each case at each position that may be unverified,
+        and those of the case that occurred."""
+        return self.num_ranked * (self.length + 1) * (run_ahead + 2)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,18 +56,6 @@ class Branch:
     num_sent: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """A branch's next token in a forward: `token` at `position`, stored in cache row `row`, follows
-    what is stored in row `parent_row`."""
-
-    branch: Branch
-    token: int
-    position: int
-    row: int
-    parent_row: int
-
-
 class RankStats:
     """Running frequencies: how often the own token is right, and which rank the right one has."""
 
@@ -84,7 +73,7 @@ class RankStats:
 
     def share(self, rank: int) -> float:
         """Chance that a correction is the alternative of this rank, counted from 0."""
-        return self._num_at[rank] / self._num_corrected
+        return self._num_at[rank] / self._num_corrected if rank < len(self._num_at) else 0.0
 
     def observe(self, num_right: int, rank: int | None, *, corrected: bool) -> None:
         """A verdict agreed with so many tokens and, if `corrected`, replaced the next by the
@@ -95,14 +84,16 @@ class RankStats:
         if corrected:
             self._num_corrected = 0.98 * self._num_corrected + 1.0
             self._num_at = [0.98 * count for count in self._num_at]
-            if rank is not None:
+            if rank is not None and rank < len(self._num_at):
                 self._num_at[rank] += 1.0
 
 
 class Outcomes:
     """The branches of one request at one stage."""
 
-    def __init__(self, budget: Budget, run_ahead: int, limit: int, eos: frozenset[int]) -> None:
+    def __init__(
+        self, budget: Budget, rows: TailRows, run_ahead: int, limit: int, eos: frozenset[int]
+    ) -> None:
         """limit: no token at this position or after it is wanted."""
         self.budget = budget
         self._limit = limit
@@ -111,8 +102,7 @@ class Outcomes:
         self.branches: dict[tuple[int, int], Branch] = {}  # by position and first token
         self._alternatives: dict[int, Ranked] = {}  # by position
         self._eos = eos
-        self._first_row = 0
-        self._used_rows: set[int] = set()
+        self._rows = rows
 
     def learn(self, position: int, ranked: Sequence[int]) -> None:
         """The tokens ranked below the one that now stands at `position`."""
@@ -130,18 +120,16 @@ class Outcomes:
         acked: where the next verdict begins. end: own tokens before it have their rows in the cache
         after this forward.
         """
-        most = min(self.budget.num_feeds, self.budget.num_rows - len(self._used_rows))
+        most = min(self.budget.num_feeds, self._rows.num_free)
         return heapq.nlargest(most, self._open(acked, end), key=lambda branch: branch.value)
 
-    def feed(self, branches: Sequence[Branch], first_row: int) -> tuple[Feed, ...]:
-        """The next token of each branch; of as many as have rows side by side.
-
-        first_row: the first that the own sequence cannot reach.
-        """
-        if not self.branches:
-            self._first_row = first_row
-        rows = self._free_rows(len(branches))
-        return tuple(self._feed(branch, row) for branch, row in zip(branches, rows))
+    def feed(self, branch: Branch, row: int) -> Feed:
+        """The branch's next token, to be stored in `row`."""
+        self.branches[branch.position, branch.tokens[0]] = branch
+        parent_row = branch.rows[-1] if branch.rows else branch.position - 1
+        position = branch.position + len(branch.rows)
+        branch.rows.append(row)
+        return Feed(branch.tokens[-1], position, row, parent_row)
 
     def match(self, position: int, tokens: Sequence[int]) -> Branch | None:
         """The branch for a verdict that puts these tokens at `position` and after."""
@@ -188,8 +176,7 @@ class Outcomes:
 
     def make_room(self, end: int) -> None:
         """The own sequence needs all cache rows before `end`."""
-        if end > self._first_row:
-            self._drop(list(self.branches))
+        self._drop([k for k, branch in self.branches.items() if branch.rows[0] < end])
 
     def _open(self, acked: int, end: int) -> list[Branch]:
         """Cases that could be continued for longer, at positions from `acked` to `end`."""
@@ -212,27 +199,4 @@ class Outcomes:
 
     def _drop(self, keys: Iterable[tuple[int, int]]) -> None:
         for key in keys:
-            self._used_rows.difference_update(self.branches.pop(key).rows)
-
-    def _free_rows(self, count: int) -> range:
-        """The longest run of unused rows, of at most `count`: what is fed together must be stored
-        side by side."""
-        best = range(0)
-        start, end = self._first_row, self._first_row + self.budget.num_rows
-        for row in range(start, end + 1):
-            if row == end or row in self._used_rows:
-                start = row + 1
-            elif row + 1 - start > len(best):
-                best = range(start, row + 1)
-                if len(best) == count:
-                    break
-        return best
-
-    def _feed(self, branch: Branch, row: int) -> Feed:
-        self.branches[branch.position, branch.tokens[0]] = branch
-        self._used_rows.add(row)
-        parent_row = branch.rows[-1] if branch.rows else branch.position - 1
-        position = branch.position + len(branch.rows)
-        feed = Feed(branch, branch.tokens[-1], position, row, parent_row)
-        branch.rows.append(row)
-        return feed
+            self._rows.free(self.branches.pop(key).rows)

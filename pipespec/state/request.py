@@ -24,10 +24,15 @@ from collections.abc import Callable, Sequence
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
-from pipespec.state.candidates import Candidates, Node
+from pipespec.state.beside import branch_draft, place_feeds
+from pipespec.state.candidates import Candidates, Node, Twig
 from pipespec.state.counts import Counts
-from pipespec.state.outcomes import Branch, Outcomes, Ranked
+from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
 from pipespec.state.step import Role, Step
+from pipespec.state.tail import TailRows
+from pipespec.state.verification import verify
+
+MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
@@ -37,10 +42,11 @@ class RequestState:
     """The state of one request at one stage. Owned by exactly one `StageState`."""
 
     __slots__ = (
-        "acked", "adopted", "cands", "check_finish", "context_is_short", "counts",
-        "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep", "keep_start",
-        "kv_valid", "limit", "num_verdicts_sent", "outcomes", "prompt_len", "request", "role",
-        "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
+        "acked", "adopted", "candidate_stats", "cands", "check_finish", "context_is_short",
+        "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep",
+        "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent", "outcomes",
+        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
@@ -72,7 +78,11 @@ class RequestState:
         self.step: Step | None = None
         self.intact = 0  # how much of seq no verdict has touched since the step in flight began
         self.waiting_until: float | None = None
-        self.outcomes = Outcomes(role.outcomes, role.run_ahead, self.limit, self.eos)
+        num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
+        self.rows = TailRows(num_rows + role.max_twigs)
+        self.outcomes = Outcomes(role.outcomes, self.rows, role.run_ahead, self.limit, self.eos)
+        self.candidate_stats = RankStats(MAX_ALTERNATIVES)
+        self.num_main_accepted = 0  # candidates of the main path, in the step that ended last
         self.adopted: Branch | None = None  # by a verdict that overtook the step in flight
         self.keep: tuple[int, ...] = ()  # cache rows to copy to `keep_start` before the next step
         self.keep_start = 0
@@ -173,13 +183,6 @@ class RequestState:
         self.outcomes.forget_before(end, was_lost=verdict.full)
         return outgoing + self.flush(is_answer=is_hit)
 
-    def offers(self) -> list[Branch]:
-        """Prepared outcomes that could grow in the next forward, best first."""
-        if not self.role.outcomes.num_ranked or self.is_prefill:
-            return []
-        end = len(self.seq) if self.can_step else self.kv_valid
-        return self.outcomes.offers(self.acked, end)
-
     def num_usable(self, most: int) -> int:
         """Candidates that the next forward verifies, if it verifies at most `most`."""
         if self.is_prefill:
@@ -187,24 +190,27 @@ class RequestState:
         return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
 
     def begin_step(
-        self, most: int, branches: Sequence[Branch] = (), *, takes_own: bool = True
+        self, most: int, extras: Sequence[Twig | Branch] = (), *, takes_own: bool = True
     ) -> Step:
         """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
-        `most`, if takes_own and own tokens may follow; and over a token of each of `branches`,
-        which come from `offers`."""
+        `most`, if takes_own and own tokens may follow; and over `extras`, the best of
+        `offers_beside`."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
+        branches = [extra for extra in extras if isinstance(extra, Branch)]
         cached = [branch for branch in branches if branch.position <= start]
+        twigs: list[Twig] = []
         if self.can_step and (takes_own or not cached):
             num_candidates = self.num_usable(most)
             start = min(start, len(self.seq) - 1)
             ids = (*self.seq[start:], *self.cands.main[:num_candidates])
-        self.outcomes.make_room(start + len(ids))
-        tail = self.outcomes.feed(branches if ids else cached, self._first_tail_row)
+            twigs = [extra for extra in extras if isinstance(extra, Twig)]
+        tail, twigs, branches = place_feeds(self, twigs, branches if ids else cached)
         keep, self.keep = self.keep, ()
         self.step = Step(
-            self.request, start, ids, num_candidates, self.is_prefill, tail, keep, self.keep_start
-        )
+            self.request, start, ids, num_candidates, self.is_prefill, tuple(tail), tuple(twigs),
+            tuple(branches), keep, self.keep_start,
+        )  # fmt: skip
         self.intact = len(self.seq)
         self.waiting_until = None
         return self.step
@@ -214,13 +220,14 @@ class RequestState:
         first; then for the position after each of `step.tail`."""
         step = self.step
         assert step is not None and len(draws) == step.num_draws + len(step.tail)
-        self.step = None
-        for feed, ranked in zip(step.tail, draws[step.num_draws :]):
-            feed.branch.tokens.append(ranked[0])
-            feed.branch.ranked.append(ranked[1:])
+        self.step, self.num_main_accepted = None, 0
+        self.rows.free(feed.row for feed, _ in zip(step.tail, step.twigs))
+        for branch, ranked in zip(step.branches, draws[step.num_draws + len(step.twigs) :]):
+            branch.tokens.append(ranked[0])
+            branch.ranked.append(ranked[1:])
         if self.adopted is not None or not step.ids:
             return self._end_overtaken_step(step, start_s, end_s)
-        fed = step.ids[len(step.ids) - step.num_candidates :]  # the candidates, from step.base on
+        fed = step.ids[step.base_index :]
         if self.intact < step.base:
             valid = self.intact
         else:
@@ -230,21 +237,32 @@ class RequestState:
             self.counts.num_discarded_steps += 1
             self.counts.log_step(step, 0, 0, start_s, end_s)
             return []
-        first_new, num_accepted, accepted = len(self.seq), 0, True
-        while not self.is_ended and self.remaining > 0:
-            position = len(self.seq)
-            token, *others = draws[position - step.base]
-            self.outcomes.learn(position, others)
-            accepted = position < step.end and fed[position - step.base] == token
+        return self._take(step, draws, start_s, end_s)
+
+    def _take(
+        self, step: Step, draws: Sequence[Ranked], start_s: float, end_s: float
+    ) -> list[Outgoing]:
+        """Own tokens follow: the candidates that were drawn, and one more."""
+        first_new = len(self.seq)
+        verified = verify(step, draws, first_new - step.base)
+        if self.role.max_twigs and step.num_candidates:
+            is_rejected = first_new + verified.num_main < step.end
+            token = verified.draws[verified.num_main][0]
+            rank = self.cands.rank(verified.num_main, token) if is_rejected else None
+            self.candidate_stats.observe(verified.num_main, rank, corrected=is_rejected)
+        for token, *others in verified.draws:
+            if self.is_ended or self.remaining <= 0:
+                break
+            self.outcomes.learn(len(self.seq), others)
             self._push(token)
             if self.role.is_last:
                 self.finish_reason = self.check_finish(token)
-            num_accepted += accepted
-            if not accepted:
-                break
-        rejected = not accepted and len(self.seq) <= step.end
-        self.kv_valid = min(step.end, len(self.seq) - rejected)
         num_emitted = len(self.seq) - first_new
+        num_accepted = min(verified.num_main + len(verified.rows), num_emitted)
+        self.num_main_accepted = min(verified.num_main, num_accepted)
+        self.kv_valid = first_new + num_accepted
+        self.keep_start = first_new + self.num_main_accepted
+        self.keep = tuple(verified.rows[: num_accepted - self.num_main_accepted])
         self.counts.log_step(step, num_accepted, num_emitted, start_s, end_s)
         return self._send_up(first_new) + self.flush()
 
@@ -262,11 +280,11 @@ class RequestState:
         has_news = num_unsent > 0 or (self.context_is_short and self.remaining <= 0)
         has_news |= is_answer and stops
         if not has_news or (num_unsent < self.role.batch and not (stops or is_urgent)):
-            return self._branch_draft()
+            return branch_draft(self)
         parent, tokens = self.hashes[self.sent], tuple(self.seq[self.sent : end])
         draft = Draft(self.request, parent, self.sent, tokens, stops)
         self.sent = end
-        return [(Link.DOWN, draft), *self._branch_draft()]
+        return [(Link.DOWN, draft), *branch_draft(self)]
 
     def full_verdict(self) -> list[Outgoing]:
         """Everything a stage above needs to take part from nothing; idempotent."""
@@ -303,11 +321,6 @@ class RequestState:
         self.seq.append(token)
         self.hashes.append(extend(self.hashes[-1], token))
 
-    @property
-    def _first_tail_row(self) -> int:
-        """Beyond every row that own tokens may reach before the next verdict."""
-        return self.acked + self.role.run_ahead + 1
-
     def _observe(self, num_same: int, first_new: int, rest: Sequence[int]) -> None:
         is_corrected = bool(rest) and first_new < len(self.seq)
         self.counts.num_corrections += is_corrected
@@ -340,7 +353,7 @@ class RequestState:
         num_emitted = 0
         if branch is not None:
             is_next = branch.position + len(branch.tokens) - 1 == len(self.seq)
-            is_fed = any(feed.branch is branch for feed in step.tail)
+            is_fed = branch in step.branches
             if is_fed and is_next and self.room > 0 and not self.is_ended:
                 self._push(branch.tokens[-1])
                 self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
@@ -349,25 +362,6 @@ class RequestState:
         self.counts.log_step(step, 0, num_emitted, start_s, end_s)
         told = self._send_up(len(self.seq) - num_emitted) if num_emitted else []
         return told + self.flush(is_urgent=True)
-
-    def _branch_draft(self) -> list[Outgoing]:
-        """Prepared continuations that the next stage does not have yet, as one tree."""
-        branches = self.outcomes.unsent(self.sent)
-        if not branches:
-            return []
-        end = max(branch.position for branch in branches)
-        tokens = list(self.seq[self.acked : end])
-        parents = list(range(-1, len(tokens) - 1))
-        for branch in branches:
-            parent = branch.position - self.acked - 1
-            for token in branch.tokens:
-                parents.append(parent)
-                parent = len(tokens)
-                tokens.append(token)
-            branch.num_sent = len(branch.tokens)
-        prefix_hash = self.hashes[self.acked]
-        draft = Draft(self.request, prefix_hash, self.acked, tuple(tokens), False, tuple(parents))
-        return [(Link.DOWN, draft)]
 
     def _push(self, token: int) -> None:
         """Own tokens grow by one: consume the candidate that says the same, or drop the branch."""

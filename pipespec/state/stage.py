@@ -25,6 +25,7 @@ from pipespec.messages import (
     Verdict,
 )  # fmt: skip
 from pipespec.policy import Offer, Policy, Situation, StepResult, expected_tokens
+from pipespec.state.beside import offers_beside
 from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
@@ -117,6 +118,7 @@ class StageState:
             StepResult(
                 query_length=len(step.ids) + len(step.tail),
                 num_offered=step.num_candidates,
+                num_accepted=request.num_main_accepted,
                 num_emitted=len(request.seq) - length,
                 is_prefill=step.is_prefill,
                 seconds=end_s - start_s,
@@ -184,10 +186,10 @@ class StageState:
         if request is None:
             self.num_unknown += 1
             return [(Link.UP, Finish(draft.request))] if draft.request in self._gone else []
-        is_usable = request.on_draft(draft)
-        if is_usable:  # stale ones alone may mean that a lost frame left the two apart
+        num_before = len(request.cands.main)
+        if request.on_draft(draft):  # stale ones alone may mean that a lost frame parted the two
             self._last_draft_s[draft.request] = now_s
-        num_tokens = len(draft.tokens) if is_usable else 0
+        num_tokens = max(0, len(request.cands.main) - num_before)
         self.policy.on_draft(num_tokens, request.drafter_stopped, now_s)
         return []
 
@@ -223,21 +225,23 @@ class StageState:
 
     def _begin_step(self, request: RequestState) -> Step:
         most = self.policy.use(len(request.cands.main))
-        branches = request.offers()
-        if not branches:
+        extras = offers_beside(request, most)
+        if not extras:
             return request.begin_step(most)
         own_length, own_value = 0, 0.0
         if request.can_step:
             num_candidates = request.num_usable(most)
             own_length = max(1, len(request.seq) - request.kv_valid) + num_candidates
-            # The next stage accepts a token if it has accepted all that it has not seen yet.
-            agreement = request.outcomes.stats.agreement
-            is_reached = agreement ** (len(request.seq) - request.acked)
-            own_value = is_reached * agreement * expected_tokens(agreement, num_candidates)
-        values = tuple(branch.value for branch in branches)
-        offer = Offer(own_length, own_value, values, self.role.is_first)
-        takes_own, num_branches = self.policy.feed(offer)
-        return request.begin_step(most, branches[:num_branches], takes_own=takes_own)
+            own_value = expected_tokens(request.candidate_stats.agreement, num_candidates)
+            if not self.role.is_last:
+                # The next stage accepts a token if it has accepted all that it has not seen yet.
+                num_unseen = len(request.seq) - request.acked
+                own_value *= request.outcomes.stats.agreement ** (num_unseen + 1)
+        offer = Offer(
+            own_length, own_value, tuple(extra.value for extra in extras), self.role.is_first
+        )
+        takes_own, num_extras = self.policy.feed(offer)
+        return request.begin_step(most, extras[:num_extras], takes_own=takes_own)
 
     def _ready_at(self, request: RequestState, now_s: float) -> float | None:
         """When `request` may step: now, later (the wait for candidates ends), or None (not before
