@@ -46,11 +46,11 @@ def place_feeds(
     rows = request.rows.take(len(twigs) + len(branches), _first_tail_row(request))
     length = len(request.seq)
     feeds: list[Feed] = []
-    row_of: dict[Twig | int, int] = {}
+    row_of: dict[Twig, int] = {}
     for twig, row in zip(twigs, rows):
         row_of[twig] = row
-        is_on_main = isinstance(twig.before, int)
-        parent_row = length + twig.before - 1 if is_on_main else row_of[twig.before]
+        before = twig.before
+        parent_row = length + before - 1 if isinstance(before, int) else row_of[before]
         feeds.append(Feed(twig.token, length + twig.depth, row, parent_row))
     fed = branches[: len(rows) - len(feeds)]
     feeds += [request.outcomes.feed(branch, row) for branch, row in zip(fed, rows[len(feeds) :])]
