@@ -17,6 +17,7 @@ from typing import Protocol
 from pipespec.config import Schedule
 
 SEND_COST_S = 20e-6  # one socket call; measured on Linux, ipc
+MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,13 @@ class Situation:
 class StepResult:
     """A forward over `query_length` tokens, `num_offered` of them candidates of the main path of
     which it accepted `num_accepted`, that took `seconds`, ended at `end_s` and added `num_emitted`
-    tokens (0 if a verdict had overtaken it)."""
+    tokens (0 if a verdict had overtaken it). num_left: candidates that follow them."""
 
     query_length: int
     num_offered: int
     num_accepted: int
     num_emitted: int
+    num_left: int
     is_prefill: bool
     seconds: float
     end_s: float
@@ -50,12 +52,14 @@ class Offer:
     own_length: tokens of its text and candidates (0: none may follow), worth `own_value` tokens.
     extra_values: of what could be fed beside it, best first: candidates of other branches, one more
     token of a prepared outcome. own_is_optional: there may be forwards without the own text.
+    next_may_wait: the next stage has so few own tokens ahead that it may be waiting for more.
     """
 
     own_length: int
     own_value: float
     extra_values: tuple[float, ...]
     own_is_optional: bool
+    next_may_wait: bool
 
 
 class Policy(Protocol):
@@ -199,6 +203,7 @@ class AdaptiveWait:
         self._num_drafted = 0.0  # decayed, like the seconds in which they arrived
         self._drafting_s = 0.0
         self._drafting_since_s: float | None = None
+        self._num_timed = 0  # tokens since then
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
         self._most = max_candidates
@@ -220,7 +225,10 @@ class AdaptiveWait:
         return min(num_candidates, self._most)
 
     def feed(self, offer: Offer) -> tuple[bool, int]:
-        """What brings most tokens per second: a long forward must be worth its time."""
+        """What brings most tokens per second: a long forward must be worth its time, and nobody
+        must be kept waiting by it."""
+        if offer.next_may_wait and offer.own_length and offer.own_is_optional:
+            return True, 0
         if self._steps.estimate(1) is None:
             return offer.own_length > 0, len(offer.extra_values)
         sums = list(accumulate(offer.extra_values, initial=0.0))
@@ -270,16 +278,21 @@ class AdaptiveWait:
         decay = math.exp2(-num_scored / 64.0)
         self._num_scored = self._num_scored * decay + num_scored
         self._num_accepted = self._num_accepted * decay + num_accepted
-        if num_accepted < result.num_offered:
+        if num_accepted < result.num_offered and not result.num_left:
             self._drafting_since_s = result.end_s  # from the correction token, a moment later
+            self._num_timed = 0
 
     def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
-        if num_tokens and self._drafting_since_s is not None:
-            decay = math.exp2(-num_tokens / 64.0)
-            self._num_drafted = self._num_drafted * decay + num_tokens
-            self._drafting_s = self._drafting_s * decay + now_s - self._drafting_since_s
-        # A drafter that stopped is idle for an unknown part of the time until the next draft.
-        self._drafting_since_s = None if drafter_stopped else now_s
+        if self._drafting_since_s is None or not num_tokens:
+            return
+        decay = math.exp2(-num_tokens / 64.0)
+        self._num_drafted = self._num_drafted * decay + num_tokens
+        self._drafting_s = self._drafting_s * decay + now_s - self._drafting_since_s
+        self._num_timed += num_tokens
+        # A drafter that stopped is idle for an unknown part of the time until the next draft; one
+        # that is well ahead may prepare outcomes.
+        is_over = drafter_stopped or self._num_timed >= MAX_URGENT
+        self._drafting_since_s = None if is_over else now_s
 
 
 def make_policy(schedule: Schedule, *, is_first: bool, overlaps: bool = True) -> Policy:

@@ -24,7 +24,14 @@ from pipespec.messages import (
     Submit,
     Verdict,
 )  # fmt: skip
-from pipespec.policy import Offer, Policy, Situation, StepResult, expected_tokens
+from pipespec.policy import (
+    MAX_URGENT,
+    Offer,
+    Policy,
+    Situation,
+    StepResult,
+    expected_tokens,
+)
 from pipespec.state.beside import offers_beside
 from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
@@ -120,6 +127,7 @@ class StageState:
                 num_offered=step.num_candidates,
                 num_accepted=request.num_main_accepted,
                 num_emitted=len(request.seq) - length,
+                num_left=len(request.cands.main),
                 is_prefill=step.is_prefill,
                 seconds=end_s - start_s,
                 end_s=end_s,
@@ -228,7 +236,7 @@ class StageState:
         extras = offers_beside(request, most)
         if not extras:
             return request.begin_step(most)
-        own_length, own_value = 0, 0.0
+        own_length, own_value, next_may_wait = 0, 0.0, False
         if request.can_step:
             num_candidates = request.num_usable(most)
             own_length = max(1, len(request.seq) - request.kv_valid) + num_candidates
@@ -236,10 +244,11 @@ class StageState:
             if not self.role.is_last:
                 # The next stage accepts a token if it has accepted all that it has not seen yet.
                 num_unseen = len(request.seq) - request.acked
-                own_value *= request.outcomes.stats.agreement ** (num_unseen + 1)
-        offer = Offer(
-            own_length, own_value, tuple(extra.value for extra in extras), self.role.is_first
-        )
+                agreement = request.outcomes.stats.agreement
+                own_value *= agreement ** (num_unseen + 1)
+                next_may_wait = num_unseen < min(MAX_URGENT, 1.0 / (1.0 - agreement))
+        values = tuple(extra.value for extra in extras)
+        offer = Offer(own_length, own_value, values, self.role.is_first, next_may_wait)
         takes_own, num_extras = self.policy.feed(offer)
         return request.begin_step(most, extras[:num_extras], takes_own=takes_own)
 
