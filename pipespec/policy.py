@@ -203,7 +203,8 @@ class AdaptiveWait:
         self._num_drafted = 0.0  # decayed, like the seconds in which they arrived
         self._drafting_s = 0.0
         self._drafting_since_s: float | None = None
-        self._num_timed = 0  # tokens since then
+        self._num_timed = 0  # tokens since then, the last at
+        self._timed_until_s = 0.0
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
         self._most = max_candidates
@@ -222,6 +223,8 @@ class AdaptiveWait:
         return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_s())
 
     def use(self, num_candidates: int) -> int:
+        if self._num_timed:
+            self._end_timing()
         return min(num_candidates, self._most)
 
     def feed(self, offer: Offer) -> tuple[bool, int]:
@@ -247,6 +250,7 @@ class AdaptiveWait:
         return (self._steps.estimate(1) or 0.1) / 8
 
     def on_step(self, result: StepResult) -> None:
+        self._end_timing()
         if result.is_prefill:
             return
         self._steps.observe(result.query_length, result.seconds)
@@ -280,19 +284,26 @@ class AdaptiveWait:
         self._num_accepted = self._num_accepted * decay + num_accepted
         if num_accepted < result.num_offered and not result.num_left:
             self._drafting_since_s = result.end_s  # from the correction token, a moment later
-            self._num_timed = 0
 
     def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
         if self._drafting_since_s is None or not num_tokens:
             return
-        decay = math.exp2(-num_tokens / 64.0)
-        self._num_drafted = self._num_drafted * decay + num_tokens
-        self._drafting_s = self._drafting_s * decay + now_s - self._drafting_since_s
         self._num_timed += num_tokens
-        # A drafter that stopped is idle for an unknown part of the time until the next draft; one
-        # that is well ahead may prepare outcomes.
-        is_over = drafter_stopped or self._num_timed >= MAX_URGENT
-        self._drafting_since_s = None if is_over else now_s
+        self._timed_until_s = now_s
+        if drafter_stopped:
+            self._end_timing()
+
+    def _end_timing(self) -> None:
+        """Adds what arrived since a mismatch to the means. A step in flight hides when it came, so
+        what arrived before the step counts, if anything did. Later a drafter takes its time: it is
+        ahead, and may prepare outcomes."""
+        if self._drafting_since_s is not None and self._num_timed:
+            decay = math.exp2(-self._num_timed / 64.0)
+            self._num_drafted = self._num_drafted * decay + self._num_timed
+            taken_s = self._timed_until_s - self._drafting_since_s
+            self._drafting_s = self._drafting_s * decay + taken_s
+        self._drafting_since_s = None
+        self._num_timed = 0
 
 
 def make_policy(schedule: Schedule, *, is_first: bool, overlaps: bool = True) -> Policy:

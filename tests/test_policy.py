@@ -129,17 +129,30 @@ def test_all_is_fed_before_anything_is_known() -> None:
     assert AdaptiveWait(0).feed(offer) == (True, 2)
 
 
-def test_the_time_to_draft_is_measured_only_while_the_verifier_is_without_candidates() -> None:
+def test_the_time_to_draft_is_measured_while_the_verifier_is_without_candidates() -> None:
     policy = AdaptiveWait(8)
     for start in range(0, 400, 10):
         policy.on_step(step_result(3, 1.0, end_s=float(start)))
         policy.on_draft(0, False, start + 0.25)  # of a dead branch
-        policy.on_draft(2, False, start + 1.0)
-        policy.on_draft(2, False, start + 2.0)
-        policy.on_draft(1, False, start + 9.0)  # late, but four were there
-    wanted, patience_s = policy.wait(Situation(0, 1, 0.0))
-    assert wanted <= 1
-    assert patience_s == pytest.approx(1e-3 + 4 * wanted * 0.5, rel=0.1)
+        policy.on_draft(1, False, start + 0.5)
+        policy.on_draft(1, False, start + 1.0)
+        policy.use(2)
+        policy.on_draft(1, False, start + 9.0)  # nobody waited for it
+    wanted, _ = policy.wait(Situation(0, 8, 0.0))
+    assert wanted == 0, "a token takes half a step, and two of three are wrong"
+
+
+def test_drafts_that_arrived_during_a_step_are_timed_by_its_end() -> None:
+    policy = AdaptiveWait(8)
+    for start in range(40):
+        policy.on_step(step_result(3, 1.0, end_s=float(start), num_accepted=0))
+        policy.use(0)
+        policy.on_draft(10, False, start + 1.0)
+    policy.use(10)
+    policy.on_step(step_result(11, 1.0, end_s=41.0, num_accepted=9))
+    wanted, patience_s = policy.wait(Situation(0, 8, 0.0))
+    assert wanted > 0 and patience_s is not None
+    assert patience_s == pytest.approx(1e-3 + 4 * wanted * 0.1, rel=0.01)
 
 
 def test_a_synchronous_chain_that_meets_bad_drafts_still_drafts_one_token() -> None:

@@ -51,6 +51,7 @@ def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> N
         prefix = hash_tokens(request.seq[: branch.position] + before)
         reach = request.acked + request.role.run_ahead
         check(feed.row > reach, "a branch keeps clear of own rows")
+        check(feed.row > feed.position, "a branch is copied forwards")
     check(cache.hash_of(feed.parent_row) == prefix, "a branch is fed on the prefix it follows")
 
 

@@ -78,8 +78,9 @@ def branch_draft(request: RequestState) -> list[tuple[Link, Message]]:
 
 
 def _first_tail_row(request: RequestState) -> int:
-    """Beyond every row that own tokens may reach before the next verdict, or, at the target,
-    in the next step."""
-    if request.role.is_last:
-        return len(request.seq) + request.role.max_candidates + 1
-    return request.acked + request.role.run_ahead + 1
+    """Beyond every row that own tokens may reach before the next verdict, or, at the target, in
+    the next step; and beyond all that a branch of them may be copied to."""
+    role = request.role
+    if role.is_last:
+        return len(request.seq) + role.max_candidates + 1
+    return request.acked + role.run_ahead + role.outcomes.length + 1

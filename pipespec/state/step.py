@@ -41,7 +41,7 @@ class Role:
         for branches."""
         ahead, budget = schedule.run_ahead, Budget(schedule.outcomes)
         # Rows in use may lie apart, and the own text comes before them.
-        can_branch = tail_rows > ahead + 2 * (budget.num_rows + schedule.tree)
+        can_branch = tail_rows > ahead + budget.length + 2 * (budget.num_rows + schedule.tree)
         return cls(
             index,
             num_stages,
