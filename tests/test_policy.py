@@ -144,8 +144,9 @@ def test_the_time_to_draft_is_measured_while_the_verifier_is_without_candidates(
 
 def test_drafts_that_arrived_during_a_step_are_timed_by_its_end() -> None:
     policy = AdaptiveWait(8)
+    policy.on_step(step_result(1, 1.0))
     for start in range(40):
-        policy.on_step(step_result(3, 1.0, end_s=float(start), num_accepted=0))
+        policy.on_step(step_result(3, 1.0, end_s=float(start), num_accepted=1))
         policy.use(0)
         policy.on_draft(10, False, start + 1.0)
     policy.use(10)
