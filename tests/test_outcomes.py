@@ -82,6 +82,24 @@ def test_a_verdict_that_was_not_foreseen_leaves_no_branch() -> None:
     assert (after.keep, after.start, after.ids) == ((), 3, (6,))
 
 
+def test_a_verdict_that_goes_on_otherwise_was_not_foreseen() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2, 6)
+    assert own(state) == [2, 6]
+    assert (state.counts.num_outcome_hits, state.counts.num_corrections) == (0, 1)
+    assert begin(state).keep == ()
+
+
+def test_a_verdict_may_know_more_of_a_case_than_was_prepared() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2, 8)
+    assert own(state) == [2, 8]
+    assert (state.counts.num_outcome_hits, state.counts.num_corrections) == (1, 1)
+    assert begin(state).ids == (8,)
+
+
 def test_the_likelier_case_is_continued_first_until_its_length() -> None:
     state = drafter(Budget(1, 2, 1, 8, 99), run_ahead=2)
     assert [x.token for x in step(state, (4, 5), (8, 0)).tail] == [2]

@@ -83,4 +83,5 @@ def _first_tail_row(request: RequestState) -> int:
     role = request.role
     if role.is_last:
         return len(request.seq) + role.max_candidates + 1
-    return request.acked + role.run_ahead + role.outcomes.length + 1
+    reach = max(request.acked + role.run_ahead, len(request.seq))
+    return reach + role.outcomes.length + 1
