@@ -13,7 +13,7 @@ A verification scores the main path and, where that pays, some of the other node
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipespec.hashing import extend
@@ -99,11 +99,13 @@ class Candidates:
             node = node.children[0]
             twig = Twig(node.token, twig, twig.depth + 1, twig.value * agreement)
 
-    def rank(self, depth: int, token: int) -> int | None:
-        """Which alternative to the main path's token at `depth` this is, counted from 0."""
-        node = self.root
-        for _ in range(depth):
-            node = node.children[0]
+    def rank(self, path: Sequence[int], token: int) -> int | None:
+        """Which alternative after this path the token is, counted from 0."""
+        node: Node | None = self.root
+        for before in path:
+            node = next((child for child in node.children if child.token == before), None)
+            if node is None:
+                return None
         others = [child.token for child in node.children[1:]]
         return others.index(token) if token in others else None
 
@@ -115,19 +117,25 @@ class Candidates:
         """Whether nothing follows this node and it is the last of the main path."""
         return node is self._end
 
-    def add(self, node: Node, token: int) -> Node | None:
-        """The child of `node` with this token, made if there was none; None if there is no room."""
-        for child in node.children:
-            if child.token == token:
-                return child
-        if len(self) >= self._most:
-            return None
-        child = Node(token, extend(node.prefix_hash, token))
-        node.children.append(child)
-        self._nodes[child.prefix_hash] = child
-        if node is self._end:
-            self._end = child
-            self.main.append(token)
+    def add(self, node: Node, token: int, *, is_own: bool = True) -> Node | None:
+        """The child of `node` with this token, made if there was none; None if there is no room.
+
+        is_own: it is of the drafter's own text, and so comes before what was only prepared.
+        """
+        child = next((child for child in node.children if child.token == token), None)
+        if child is None:
+            if len(self) >= self._most:
+                return None
+            child = Node(token, extend(node.prefix_hash, token))
+            node.children.append(child)
+            self._nodes[child.prefix_hash] = child
+            if node is self._end:
+                self._end = child
+                self.main.append(token)
+        if is_own and child is not node.children[0]:
+            node.children.remove(child)
+            node.children.insert(0, child)
+            self.main = list(self._first_path(self.root))
         return child
 
     def follow(self, token: int, prefix_hash: int) -> bool:

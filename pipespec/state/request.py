@@ -142,7 +142,7 @@ class RequestState:
             if draft.parents:
                 parent = draft.parents[index]
                 follows = places[parent] if parent >= 0 else before
-            follows = self._follow(follows, token)
+            follows = self._follow(follows, token, is_own=not draft.parents)
             places.append(follows)
         if isinstance(follows, Node) and self.cands.ends_main(follows):
             self.drafter_stopped = draft.last
@@ -247,8 +247,8 @@ class RequestState:
         verified = verify(step, draws, first_new - step.base)
         if self.role.max_twigs and step.num_candidates:
             is_rejected = first_new + verified.num_main < step.end
-            token = verified.draws[verified.num_main][0]
-            rank = self.cands.rank(verified.num_main, token) if is_rejected else None
+            *accepted, token = (ranked[0] for ranked in verified.draws[: verified.num_main + 1])
+            rank = self.cands.rank(accepted, token) if is_rejected else None
             self.candidate_stats.observe(verified.num_main, rank, corrected=is_rejected)
         for token, *others in verified.draws:
             if self.is_ended or self.remaining <= 0:
@@ -304,7 +304,7 @@ class RequestState:
             return start if self.hashes[start] == prefix_hash else None
         return self.cands.find(prefix_hash)
 
-    def _follow(self, before: int | Node | None, token: int) -> int | Node | None:
+    def _follow(self, before: int | Node | None, token: int, *, is_own: bool) -> int | Node | None:
         """Where a drafted token is, given what it follows; None: nowhere (the verdict that says so
         is on its way already, or there is no room)."""
         if isinstance(before, int):
@@ -313,7 +313,7 @@ class RequestState:
             return before + 1 if before + 1 < len(self.seq) else self.cands.root
         if before is None:
             return None
-        node = self.cands.add(before, token)
+        node = self.cands.add(before, token, is_own=is_own)
         self.counts.num_overflows += node is None
         return node
 
