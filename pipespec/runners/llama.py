@@ -155,7 +155,7 @@ class LlamaRunner:
         if not tree.tail:
             return self._row_logits(row)
         slot.length = row.start + len(row.ids)
-        slot.visible = {at: bits for at, bits in slot.visible.items() if at < tree.tail[0].row}
+        slot.visible = {at: bits for at, bits in slot.visible.items() if at >= slot.length}
         for item in tree.tail:
             slot.visible[item.row] = slot.sees(item.parent_row) | 1 << item.row
         own = [slot.sees(position) for position in range(row.start, slot.length)]

@@ -52,6 +52,7 @@ def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> N
         reach = request.acked + request.role.run_ahead
         check(feed.row > reach, "a branch keeps clear of own rows")
         check(feed.row > feed.position, "a branch is copied forwards")
+    check(feed.row > feed.parent_row, "a row comes after those that it sees")
     check(cache.hash_of(feed.parent_row) == prefix, "a branch is fed on the prefix it follows")
 
 

@@ -43,7 +43,12 @@ def place_feeds(
 ) -> tuple[list[Feed], list[Twig], list[Branch]]:
     """Finds cache rows for what is fed beside the own text: the feeds, and those who got one;
     twigs first, each after what it follows."""
-    rows = request.rows.take(len(twigs) + len(branches), _first_tail_row(request))
+    # Each row comes after those that it sees, so that a runner need not look beyond it.
+    seen = [branch.rows[-1] + 1 for branch in branches if branch.rows]
+    begin = _first_tail_row(request)
+    rows = request.rows.take(
+        len(twigs) + len(branches), max([begin, *seen]), begin + 2 * request.rows.count
+    )
     length = len(request.seq)
     feeds: list[Feed] = []
     row_of: dict[Twig, int] = {}

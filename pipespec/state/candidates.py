@@ -101,11 +101,12 @@ class Candidates:
 
     def rank(self, path: Sequence[int], token: int) -> int | None:
         """Which alternative after this path the token is, counted from 0."""
-        node: Node | None = self.root
+        node = self.root
         for before in path:
-            node = next((child for child in node.children if child.token == before), None)
-            if node is None:
+            found = [child for child in node.children if child.token == before]
+            if not found:
                 return None
+            node = found[0]
         others = [child.token for child in node.children[1:]]
         return others.index(token) if token in others else None
 

@@ -23,7 +23,7 @@ class Feed:
 
 
 class TailRows:
-    """At most `count` rows in use at a time, among twice as many."""
+    """At most `count` rows in use at a time."""
 
     __slots__ = ("_used", "count")
 
@@ -35,12 +35,12 @@ class TailRows:
     def num_free(self) -> int:
         return self.count - len(self._used)
 
-    def take(self, count: int, first: int) -> range:
+    def take(self, count: int, first: int, end: int) -> range:
         """The first `count` free rows side by side, as what is fed together must be stored, from
-        row `first` on; fewer, if there are not so many."""
+        row `first` on and before `end`; fewer, if there are not so many."""
         count = min(count, self.num_free)
         start, best = first, range(0)
-        for row in range(first, first + 2 * self.count):
+        for row in range(first, end):
             if len(best) == count:
                 break
             if row in self._used:
