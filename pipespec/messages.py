@@ -23,7 +23,7 @@ import msgpack
 from pipespec.config import SamplingParams
 from pipespec.errors import ProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 LAUNCHER: Final = -1  # the sender index of the launcher; stages are 0 (first draft) to k-1 (target)
 MAX_TOKEN_ID: Final = (1 << 31) - 1
 MAX_TOKENS: Final = 1 << 22  # ids in one message; the longest prompt that can be submitted
@@ -71,6 +71,14 @@ def _tokens(value: Any) -> Tokens:
         raise ValueError(f"a list of at most {MAX_TOKENS} token ids")
     if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value):
         raise ValueError("token ids that are integers from 0 to 2**31 - 1")
+    return tuple(value)
+
+
+def _parents(value: Any) -> Tokens:
+    if type(value) not in (list, tuple) or len(value) > MAX_TOKENS:
+        raise ValueError(f"a list of at most {MAX_TOKENS} indexes")
+    if not all(type(at) is int and -1 <= at < place for place, at in enumerate(value)):
+        raise ValueError("for each token the index of an earlier one, or -1")
     return tuple(value)
 
 
@@ -133,13 +141,15 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A hint from stage i to i+1: `tokens` may follow the prefix whose hash is `parent`. `last`:
-    the drafter stops after them until it hears a verdict."""
+    the drafter stops after them until it hears a verdict. `parents`: of a tree, for each token the
+    index of the one before it, -1 for the prefix itself; empty: each follows the one before it."""
 
     request: int = _wire(_REQUEST)
     parent: int = _wire(_HASH)
     start: int = _wire(_POSITION)
     tokens: Tokens = _wire(_tokens)
     last: bool = _wire(_flag)
+    parents: Tokens = _wire(_parents, default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +326,10 @@ def decode(data: bytes) -> Frame:
         _checked(kind.__name__, name, check, value)
         for (name, check), value in zip(specs, parts[6:], strict=True)
     ]
-    return Frame(head[0], head[1], head[2], head[3], kind(*body))
+    message = kind(*body)
+    if isinstance(message, Draft) and len(message.parents) not in (0, len(message.tokens)):
+        raise ProtocolError("Draft.parents must be one for each of its tokens, or none")
+    return Frame(head[0], head[1], head[2], head[3], message)
 
 
 _HEAD: Final = (

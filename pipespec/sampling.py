@@ -50,6 +50,41 @@ def draw(
     Raises:
         PipeSpecError: a row without a finite maximum (NaN, +inf, or -inf everywhere).
     """
+    logits, highest, ids = _most_likely(logits, positions, vocab_size)
+    if params.temperature > 0.0:
+        ids = _perturbed(logits, highest, positions, params).argmax(dim=-1)
+    chosen: list[int] = ids.tolist()
+    return chosen
+
+
+def rank(
+    logits: Tensor, positions: Sequence[int], params: SamplingParams, vocab_size: int, count: int
+) -> list[tuple[int, ...]]:
+    """For each row the `count` tokens that come first (all, of a smaller vocabulary): the one that
+    `draw` draws, then those that would be drawn if it were not there, best first.
+
+    Arguments and errors as of `draw`. Above temperature 0 the order is that of the perturbed
+    logits: the same noise decides at the next stage.
+    """
+    scores, highest, ids = _most_likely(logits, positions, vocab_size)
+    if params.temperature > 0.0:
+        scores = _perturbed(scores, highest, positions, params)
+        ids = scores.argmax(dim=-1)
+    best = scores.topk(min(count, scores.shape[1]), dim=-1).indices.tolist()
+    return [
+        (token, *[other for other in row if other != token][: count - 1])
+        for token, row in zip(ids.tolist(), best, strict=True)
+    ]
+
+
+def _most_likely(
+    logits: Tensor, positions: Sequence[int], vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns that count, and each row's maximum with its first id.
+
+    Raises:
+        PipeSpecError: a row without a finite maximum.
+    """
     assert len(positions) == len(logits)
     if logits.shape[-1] > vocab_size:
         logits = logits[:, :vocab_size]
@@ -59,10 +94,13 @@ def draw(
             "the model's logits are NaN or infinite: its weights are damaged or overflow in this "
             "dtype; try dtype float32 or bfloat16 in the models config"
         )
-    chosen: list[int]
-    if params.temperature == 0.0:
-        chosen = ids.tolist()
-        return chosen
+    return logits, highest, ids
+
+
+def _perturbed(
+    logits: Tensor, highest: Tensor, positions: Sequence[int], params: SamplingParams
+) -> Tensor:
+    """(logits - highest) / T plus noise, float64; -inf for tokens that `params` drops."""
     scaled = _scale(logits, highest, params.temperature)
     at = torch.tensor(positions, device=logits.device).unsqueeze(1)
     keep = _survivors(scaled, params)
@@ -73,8 +111,7 @@ def draw(
         noise = gumbel_noise(params.seed, TOKEN_STREAM, at[rows, 0], tokens)
         noise += scaled[rows, tokens]
         scaled.fill_(-math.inf)[rows, tokens] = noise
-    chosen = scaled.argmax(dim=-1).tolist()
-    return chosen
+    return scaled
 
 
 def mask_logits(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Final
 from pipespec.config import Schedule
 from pipespec.messages import Abort, Finish, Frame, Heartbeat, Link, Shutdown
 from pipespec.policy import make_policy
-from pipespec.runners.base import ModelRunner, Row
+from pipespec.runners.base import BranchingRunner, ModelRunner, Row, TailToken, TreeRow
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
 from pipespec.transport import Transport
@@ -43,9 +43,8 @@ class StageLoop:
         num_slots: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        context_length = runner.info.context_length
-        ahead = schedule.run_ahead
-        role = Role(index, num_stages, ahead, ahead, context_length=context_length)
+        info = runner.info
+        role = Role.of(schedule, index, num_stages, info.context_length, info.num_tail_rows)
         policy = make_policy(schedule, is_first=role.is_first)
         self.state = StageState(role, policy, incarnations, decode=decode, max_active=num_slots)
         self._slots = SlotTable(runner, num_slots)
@@ -85,12 +84,21 @@ class StageLoop:
     def _forward(self, step: Step) -> None:
         sampling = self.state.requests[step.request].submit.sampling
         slot = self._slots.slot_of(step.request)
-        row = Row(slot, step.start, step.ids, step.num_candidates + 1, sampling)
+        row = Row(slot, step.start, step.ids, step.num_draws, sampling)
         start_s = self._clock()
-        draws = self._slots.runner.forward([row])[0]
+        draws = self._draws(row, step)
         end_s = self._clock()
         self._drain(0.0)  # a verdict that overtook the forward saves sending dead drafts
         self._send(self.state.end_step(draws, start_s, end_s))
+
+    def _draws(self, row: Row, step: Step) -> list[tuple[int, ...]]:
+        num_ranked = 1 + self.state.role.outcomes.num_ranked
+        if num_ranked == 1 and not step.tail and not step.keep:
+            return [(token,) for token in self._slots.runner.forward([row])[0]]
+        assert isinstance(self._slots.runner, BranchingRunner)
+        tail = [TailToken(x.token, x.position, x.row, x.parent_row) for x in step.tail]
+        tree = TreeRow(row, tail, step.keep, step.keep_start, num_ranked)
+        return self._slots.runner.forward_tree(tree)
 
     def _idle_s(self, wake_at_s: float | None) -> float:
         """Seconds to wait for a message."""

@@ -19,7 +19,9 @@ def request_at(
     eos: tuple[int, ...] = (), context_length: int = 1 << 20,
 ) -> RequestState:  # fmt: skip
     submit = Submit(1, PROMPT, (), SamplingParams(), max_new_tokens, eos, ())
-    role = Role(index, num_stages, run_ahead, run_ahead, context_length=context_length)
+    role = Role(
+        index, num_stages, run_ahead, run_ahead, context_length=context_length, max_branch_tokens=9
+    )
     state = RequestState(submit, role, FinishChecker(submit, None))
     state.kv_valid = len(PROMPT)  # as after a prefill that drew nothing
     return state
@@ -33,7 +35,7 @@ def draft(prefix: Sequence[int], tokens: Sequence[int], last: bool = False) -> D
 
 def step(state: RequestState, draws: Sequence[int]) -> list[Outgoing]:
     state.begin_step(16)
-    return state.end_step(draws, 0.0, 1.0)
+    return state.end_step([(token,) for token in draws], 0.0, 1.0)
 
 
 def own(state: RequestState) -> list[int]:
@@ -47,14 +49,14 @@ def messages(outgoing: list[Outgoing], link: Link) -> list[object]:
 def test_a_draft_on_the_own_prefix_becomes_candidates() -> None:
     state = request_at(2)
     state.on_draft(draft([], [1, 2, 3]))
-    assert state.cands == [1, 2, 3]
+    assert state.cands.main == [1, 2, 3]
 
 
 def test_a_draft_on_another_prefix_is_stale() -> None:
     state = request_at(2)
     step(state, [5])
     state.on_draft(draft([6], [1, 2]))
-    assert state.cands == []
+    assert state.cands.main == []
     assert state.counts.num_stale_drafts == 2
 
 
@@ -62,14 +64,24 @@ def test_a_draft_that_repeats_known_candidates_extends_them() -> None:
     state = request_at(2)
     state.on_draft(draft([], [1, 2]))
     state.on_draft(draft([1], [2, 3]))
-    assert state.cands == [1, 2, 3]
+    assert state.cands.main == [1, 2, 3]
 
 
-def test_a_draft_that_differs_from_buffered_candidates_replaces_the_rest() -> None:
+def test_the_text_that_was_drafted_last_is_the_main_path() -> None:
+    """A drafter sends one text after the other; the earlier one is a branch then."""
     state = request_at(2)
     state.on_draft(draft([], [1, 2, 3]))
-    state.on_draft(draft([1], [9]))
-    assert state.cands == [1, 9]
+    state.on_draft(draft([1], [9, 8]))
+    assert state.cands.main == [1, 9, 8]
+    step(state, [1, 2, 0, 0])
+    assert state.cands.main == [3]
+
+
+def test_a_draft_may_be_a_tree() -> None:
+    state = request_at(2)
+    state.on_draft(Draft(1, hash_tokens(PROMPT), 3, (1, 2, 5, 6, 9), False, (-1, 0, 0, 2, -1)))
+    assert state.cands.main == [1, 2]
+    assert set(state.cands.paths()) == {(1,), (1, 2), (1, 5), (1, 5, 6), (9,)}
 
 
 def test_verification_accepts_the_matching_prefix_and_adds_the_correction_token() -> None:
@@ -77,7 +89,7 @@ def test_verification_accepts_the_matching_prefix_and_adds_the_correction_token(
     state.on_draft(draft([], [1, 2, 3]))
     outgoing = step(state, [1, 2, 8, 4])
     assert own(state) == [1, 2, 8]
-    assert state.cands == []
+    assert state.cands.main == []
     assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 2, 8), "")]
     assert messages(outgoing, Link.UP) == [Verdict(1, 1, 3, (1, 2, 8), False)]
 
@@ -148,7 +160,7 @@ def test_draws_for_a_context_that_was_rolled_back_are_discarded() -> None:
     step(drafter, [1])
     drafter.begin_step(16)
     drafter.on_verdict(Verdict(1, 1, 3, (5,), False))
-    assert drafter.end_step([2], 0.0, 1.0) == []
+    assert drafter.end_step([(2,)], 0.0, 1.0) == []
     assert own(drafter) == [5]
     assert drafter.counts.num_discarded_steps == 1
 
@@ -158,7 +170,7 @@ def test_draws_survive_a_verdict_that_agrees_with_what_was_fed() -> None:
     middle.on_draft(draft([], [1, 2]))
     middle.begin_step(16)
     middle.on_verdict(Verdict(1, 1, 3, (1,), False))
-    middle.end_step([1, 2, 3], 0.0, 1.0)
+    middle.end_step([(1,), (2,), (3,)], 0.0, 1.0)
     assert own(middle) == [1, 2, 3]
 
 

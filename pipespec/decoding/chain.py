@@ -115,9 +115,9 @@ class ChainSpeculativeDecoder:
     def _forward(self, index: int, step: Step) -> None:
         state = self._states[index]
         sampling = state.requests[step.request].submit.sampling
-        row = Row(0, step.start, step.ids, step.num_candidates + 1, sampling)
+        row = Row(0, step.start, step.ids, step.num_draws, sampling)
         start_s = time.perf_counter()
-        draws = self._runners[index].forward([row])[0]
+        draws = [(token,) for token in self._runners[index].forward([row])[0]]
         end_s = time.perf_counter()
         self._post(index, state.end_step(draws, start_s, end_s))
 

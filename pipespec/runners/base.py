@@ -33,9 +33,38 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class TailToken:
+    """A token to feed beside a slot's text: it stands at absolute `position`, is stored in cache
+    row `row`, and follows what is stored in row `parent_row` (the text's are its positions)."""
+
+    token: int
+    position: int
+    row: int
+    parent_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """A row and, in the same forward, tokens of branches that leave its slot's text.
+
+    row.ids may be empty. tail: in cache rows that follow each other, each after its parent. keep:
+    cache rows to copy to `keep_start` and after before anything is fed; they are part of the text
+    then. num_ranked: how many tokens to return for each draw, best first.
+    """
+
+    row: Row
+    tail: Sequence[TailToken]
+    keep: Sequence[int] = ()
+    keep_start: int = 0
+    num_ranked: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerInfo:
     """Facts about a loaded model. `vocab_size` is the number of ids that may be drawn (the
-    tokenizer's), `context_length` the largest number of positions a slot can hold."""
+    tokenizer's), `context_length` the largest number of positions a slot can hold,
+    `num_tail_rows` how many cache rows beyond them branches may use (0: `forward_tree` is not to
+    be called)."""
 
     name: str
     runner: str
@@ -46,6 +75,7 @@ class RunnerInfo:
     num_parameters: int
     weight_bytes: int
     attention: str = ""
+    num_tail_rows: int = 0
 
 
 @runtime_checkable
@@ -65,4 +95,14 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Give back device memory. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class BranchingRunner(ModelRunner, Protocol):
+    """One that can feed branches of a text beside it, if its `info.num_tail_rows` is not 0."""
+
+    def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
+        """One forward of a text and branches of it: the row's draws, then one after each of
+        `row.tail`, `row.num_ranked` tokens each, best first."""
         ...

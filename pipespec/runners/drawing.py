@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
 from pipespec.errors import PipeSpecError
-from pipespec.runners.base import Row, RunnerInfo
+from pipespec.runners.base import Row, RunnerInfo, TreeRow
 from pipespec.runners.memory import out_of_memory_as
-from pipespec.runners.rows import check_row, draw_positions
-from pipespec.sampling import draw
+from pipespec.runners.rows import check_row, check_tree, draw_positions
+from pipespec.sampling import draw, rank
 
 
 def draw_rows(
@@ -30,12 +31,34 @@ def draw_rows(
     """
     for row in rows:
         check_row(row, info, num_embeddings)
-    no_room = (
-        f"{info.name} ran out of memory on {info.device} during a forward; shorten the prompt, use "
-        'a smaller model or "quantize", or give it more devices'
-    )
-    with out_of_memory_as(PipeSpecError, no_room):
+    with _memory_of(info):
         return [
             draw(row_logits(row), draw_positions(row), row.sampling, info.vocab_size)
             for row in rows
         ]
+
+
+def rank_tree(
+    tree: TreeRow,
+    info: RunnerInfo,
+    num_embeddings: int,
+    tree_logits: Callable[[TreeRow], Tensor],
+) -> list[tuple[int, ...]]:
+    """Feeds a text and its branches; the result of `ModelRunner.forward_tree`.
+
+    tree_logits: feeds them and returns [num_draws + len(tail), vocab_size]. The rest is as of
+    `draw_rows`.
+    """
+    check_tree(tree, info, num_embeddings)
+    positions = [*draw_positions(tree.row), *(item.position + 1 for item in tree.tail)]
+    sampling, vocab_size = tree.row.sampling, info.vocab_size
+    with _memory_of(info):
+        return rank(tree_logits(tree), positions, sampling, vocab_size, tree.num_ranked)
+
+
+def _memory_of(info: RunnerInfo) -> AbstractContextManager[None]:
+    return out_of_memory_as(
+        PipeSpecError,
+        f"{info.name} ran out of memory on {info.device} during a forward; shorten the prompt, use "
+        'a smaller model or "quantize", or give it more devices',
+    )

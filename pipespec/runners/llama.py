@@ -14,20 +14,28 @@ import torch
 from torch import Tensor
 
 from pipespec.runners.architecture import read_architecture
-from pipespec.runners.base import Row, RunnerInfo
-from pipespec.runners.drawing import draw_rows
-from pipespec.runners.llama_model import KeyValues, LlamaModel
+from pipespec.runners.base import Row, RunnerInfo, TreeRow
+from pipespec.runners.drawing import draw_rows, rank_tree
+from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
+
+TAIL_ROWS = 192  # of each slot, beyond its context, for branches
 
 
 class _Slot:
-    """A cache and how many positions of it hold a prefix."""
+    """A cache and how many positions of it hold a prefix. visible: of rows that hold branches, the
+    rows that each sees, as bits."""
 
-    __slots__ = ("cache", "length")
+    __slots__ = ("cache", "length", "visible")
 
     def __init__(self, cache: KeyValues) -> None:
         self.cache = cache
         self.length = 0
+        self.visible: dict[int, int] = {}
+
+    def sees(self, row: int) -> int:
+        """The rows that what is stored in `row` sees: a row of the text, all up to itself."""
+        return (1 << (row + 1)) - 1 if row < self.length else self.visible[row]
 
 
 class LlamaRunner:
@@ -67,12 +75,14 @@ class LlamaRunner:
                 device=torch.device(device),
                 vocab_size=vocab_size,
                 context_length=length,
+                num_extra_rows=TAIL_ROWS,
                 num_threads=num_threads,
             )
             self._free = [_Slot(model.new_cache()) for _ in range(num_slots)]
         self._model: LlamaModel | None = model
         self._slots: dict[int, _Slot] = {}
         self._num_embeddings = arch.vocab_size
+        num_tail_rows = 0 if any(arch.windows) else TAIL_ROWS
         self._info = RunnerInfo(
             name=name,
             runner="llama",
@@ -82,6 +92,7 @@ class LlamaRunner:
             context_length=length,
             num_parameters=model.num_parameters,
             weight_bytes=model.weight_bytes,
+            num_tail_rows=num_tail_rows,
             attention=f"sdpa {str(model.cache_dtype).removeprefix('torch.')}",
         )
 
@@ -93,6 +104,15 @@ class LlamaRunner:
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
         """See `draw_rows`."""
         return draw_rows(rows, self._info, self._num_embeddings, self._row_logits)
+
+    @torch.inference_mode()
+    def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
+        """See `ModelRunner`.
+
+        Raises:
+            PipeSpecError: as `forward`.
+        """
+        return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:
@@ -117,13 +137,41 @@ class LlamaRunner:
         if on_gpu:
             torch.cuda.empty_cache()
 
-    def _row_logits(self, row: Row) -> Tensor:
-        """Forwards one checked row. Returns [num_draws, vocab_size] in the model's dtype."""
-        model, slot = self._model, self._slots.get(row.slot)
-        assert model is not None, "the runner is closed"
+    def _slot(self, number: int) -> _Slot:
+        slot = self._slots.get(number)
         if slot is None:
             assert self._free, "more live slots than the runner was loaded for"
-            slot = self._slots[row.slot] = self._free.pop()
+            slot = self._slots[number] = self._free.pop()
+        return slot
+
+    def _tree_logits(self, tree: TreeRow) -> Tensor:
+        """Forwards a checked tree. Returns [num_draws + len(tail), vocab_size]."""
+        model, row, slot = self._model, tree.row, self._slot(tree.row.slot)
+        assert model is not None, "the runner is closed"
+        if tree.keep:
+            slot.cache.keep(tree.keep_start, tree.keep)
+            slot.length = max(slot.length, tree.keep_start + len(tree.keep))
+        assert row.start <= slot.length, "a gap between what the slot holds and the row"
+        if not tree.tail:
+            return self._row_logits(row)
+        slot.length = row.start + len(row.ids)
+        slot.visible = {at: bits for at, bits in slot.visible.items() if at >= slot.length}
+        for item in tree.tail:
+            slot.visible[item.row] = slot.sees(item.parent_row) | 1 << item.row
+        own = [slot.sees(position) for position in range(row.start, slot.length)]
+        tail = Tail(
+            tree.tail[0].row,
+            [item.position for item in tree.tail],
+            [*own, *(slot.visible[item.row] for item in tree.tail)],
+        )
+        ids = [*row.ids, *(item.token for item in tree.tail)]
+        hidden = model.forward(ids, row.start, slot.cache, tail)
+        return model.logits(hidden[len(row.ids) - row.num_draws :])
+
+    def _row_logits(self, row: Row) -> Tensor:
+        """Forwards one checked row. Returns [num_draws, vocab_size] in the model's dtype."""
+        model, slot = self._model, self._slot(row.slot)
+        assert model is not None, "the runner is closed"
         assert row.start <= slot.length, "a gap between what the slot holds and the row"
         slot.length = row.start
         end = row.start + len(row.ids)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +26,7 @@ from pipespec.runners.architecture import Architecture, Rope
 from pipespec.runners.linear import DenseLinear, Linear, make_linear
 from pipespec.runners.weights import Checkpoint, open_checkpoint
 
+_MASK_OF_BIT = np.array([-np.inf, 0.0], dtype=np.float32)
 MAX_SHORT = 64  # query lengths up to this keep their buffers and masks
 
 
@@ -48,16 +50,30 @@ class KeyValues:
         self, arch: Architecture, context_length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (2 * arch.num_layers, 1, arch.num_kv_heads, context_length, arch.head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
         self._pairs = self.data.view(arch.num_layers, 2, *shape[2:])
 
     def written(self, start: int, count: int) -> tuple[Tensor, ...]:
         """For each layer the [2, kv_heads, count, head_dim] that positions from `start` fill."""
         return self._pairs.narrow(3, start, count).unbind()
 
+    def keep(self, start: int, rows: Sequence[int]) -> None:
+        """Copies `rows` to `start` and after."""
+        self.data[:, :, :, start : start + len(rows)] = self.data[:, :, :, list(rows)]
+
     def read(self, end: int) -> tuple[Tensor, ...]:
         """Keys and values in turn, layer by layer: [1, kv_heads, end, head_dim]."""
         return self.data.narrow(3, 0, end).unbind()
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The last of the fed tokens as branches: stored in rows from `first_row`, at `positions`.
+    `visible`: for every fed token the cache rows that it sees, itself included, bit by bit."""
+
+    first_row: int
+    positions: Sequence[int]
+    visible: Sequence[int]
 
 
 class Workspace:
@@ -127,12 +143,14 @@ class LlamaModel:
         device: torch.device,
         vocab_size: int,
         context_length: int,
+        num_extra_rows: int,
         num_threads: int,
     ) -> None:
         self.arch, self.dtype, self.device = arch, dtype, device
         self.cache_dtype = torch.float32 if device.type == "cpu" else dtype
         self.num_parameters = 0
         self._context_length = context_length
+        self._num_rows = context_length + num_extra_rows
         self._rotations = rotations(arch.rope, arch.head_dim, context_length, device)
         self._eps = torch.tensor(arch.hidden_size * arch.norm_eps, device=device)
         self._head_eps = torch.tensor(arch.head_dim * arch.norm_eps, device=device)
@@ -147,29 +165,45 @@ class LlamaModel:
             self.weight_bytes = loader.weight_bytes
 
     def new_cache(self) -> KeyValues:
-        return KeyValues(self.arch, self._context_length, self.cache_dtype, self.device)
+        return KeyValues(self.arch, self._num_rows, self.cache_dtype, self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, vocab_size] in the model's dtype, from what `forward` returned."""
         return self.head(self._normed(hidden, self.norm))
 
-    def forward(self, ids: Sequence[int], start: int, cache: KeyValues) -> Tensor:
-        """Feeds `ids` at positions from `start`; positions before must be in the cache.
+    def forward(
+        self, ids: Sequence[int], start: int, cache: KeyValues, tail: Tail | None = None
+    ) -> Tensor:
+        """Feeds `ids` at positions from `start`; positions before must be in the cache. The last of
+        them may be a `tail` instead.
 
         Returns the last layer's output, [len(ids), hidden_size].
         """
-        rows, end = len(ids), start + len(ids)
+        rows = len(ids)
         space = self._workspace(rows, cache)
-        rotation = self._rotations[start:end]
-        masks = self._layer_masks(rows, end)
-        new, cached = cache.written(start, rows), cache.read(end)
+        if tail is None:
+            end = start + rows
+            rotation = self._rotations[start:end]
+            masks = self._layer_masks(rows, end)
+            writes = [(cache.written(start, rows), space.new)]
+        else:
+            end = tail.first_row + len(tail.positions)
+            num_own = rows - len(tail.positions)
+            positions = [*range(start, start + num_own), *tail.positions]
+            rotation = self._rotations[torch.tensor(positions, device=self.device)]
+            masks = [(self._tree_mask(tail.visible, end), False)] * len(self.layers)
+            writes = [(cache.written(tail.first_row, rows - num_own), space.new[:, :, num_own:])]
+            if num_own:
+                writes.append((cache.written(start, num_own), space.new[:, :, :num_own]))
+        cached = cache.read(end)
         x = self.embedding.index_select(0, torch.tensor(ids, device=self.device))
         for index, layer in enumerate(self.layers):
             layer.qkv.into(self._normed(x, layer.attention_norm), space.qkv)
             if layer.qk_norm is not None:
                 self._normalize_heads(space.query_key, layer.qk_norm)
             space.rotated.mul_(rotation)
-            new[index].copy_(space.new)
+            for target, new in writes:
+                target[index].copy_(new)
             mask, is_causal = masks[index]
             attended = functional.scaled_dot_product_attention(
                 space.query(), cached[2 * index], cached[2 * index + 1], mask, 0.0, is_causal,
@@ -229,6 +263,16 @@ class LlamaModel:
             height = min(width, _power_of_two(max(16, height, rows)))
             table = self._masks[window] = self._new_mask(height, width, window, repeats)
         return table
+
+    def _tree_mask(self, visible: Sequence[int], end: int) -> Tensor:
+        """[rows, end] (times the heads that share keys): 0 where a bit is set, else -inf."""
+        num_bytes = (end + 7) // 8
+        packed = b"".join(bits.to_bytes(num_bytes, "little") for bits in visible)
+        table = np.frombuffer(packed, np.uint8).reshape(len(visible), num_bytes)
+        seen = np.unpackbits(table, axis=1, count=end, bitorder="little")
+        mask = torch.from_numpy(_MASK_OF_BIT[seen]).to(self.device, self.cache_dtype)
+        repeats = self.arch.num_heads // self.arch.num_kv_heads
+        return mask if repeats == 1 else mask.repeat_interleave(repeats, dim=0)
 
     def _new_mask(self, rows: int, width: int, window: int | None, repeats: int) -> Tensor:
         """[rows * repeats, width], 0 or -inf: row r stands at column width - rows + r."""

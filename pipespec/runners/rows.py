@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
 from pipespec.errors import PipeSpecError
-from pipespec.runners.base import Row, RunnerInfo
+from pipespec.runners.base import Row, RunnerInfo, TreeRow
 
 CHUNK: Final = 512  # tokens of a prompt in one forward, cut at multiples of it
 
@@ -20,13 +21,29 @@ def check_row(row: Row, info: RunnerInfo, num_embeddings: int) -> None:
         PipeSpecError: a position beyond the context, or an id beyond the embedding.
     """
     assert 1 <= row.num_draws <= len(row.ids) and row.start >= 0
-    end = row.start + len(row.ids)
+    _check_ids(row.ids, row.start + len(row.ids), info, num_embeddings)
+
+
+def check_tree(tree: TreeRow, info: RunnerInfo, num_embeddings: int) -> None:
+    """`check_row` for a text with branches; one of the two may be empty."""
+    assert tree.row.ids or (tree.tail and tree.row.num_draws == 0)
+    if tree.row.ids:
+        check_row(tree.row, info, num_embeddings)
+    if tree.tail:
+        first, last = tree.tail[0].row, tree.tail[-1].row
+        assert first >= tree.row.start + len(tree.row.ids)
+        assert last == first + len(tree.tail) - 1 < info.context_length + info.num_tail_rows
+        end = 1 + max(item.position for item in tree.tail)
+        _check_ids([item.token for item in tree.tail], end, info, num_embeddings)
+
+
+def _check_ids(ids: Sequence[int], end: int, info: RunnerInfo, num_embeddings: int) -> None:
     if end > info.context_length:
         raise PipeSpecError(
             f"{info.name}: position {end - 1} is beyond the context of {info.context_length} "
             "tokens; shorten the prompt or --max-new-tokens"
         )
-    for unknown in (min(row.ids), max(row.ids)):
+    for unknown in (min(ids), max(ids)):
         if not 0 <= unknown < num_embeddings:
             raise PipeSpecError(
                 f"{info.name}: token id {unknown} is outside its vocabulary of {num_embeddings}; "

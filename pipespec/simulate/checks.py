@@ -7,11 +7,17 @@ made, what the KV cache really holds, how far ahead a stage runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipespec.emulation import Oracle
+from pipespec.hashing import extend, hash_tokens
 from pipespec.messages import Draft
-from pipespec.state.request import RequestState, Step
+from pipespec.simulate.cache import Cache
+from pipespec.state.candidates import Twig
+from pipespec.state.request import RequestState
+from pipespec.state.step import Step
+
+Path = tuple[int, ...]  # tokens from the end of the own sequence to a candidate
 
 
 class InvariantViolation(AssertionError):
@@ -23,14 +29,38 @@ def check(holds: bool, promise: str) -> None:
         raise InvariantViolation(promise)
 
 
-def check_step(request: RequestState, step: Step, kv: Sequence[int]) -> None:
-    """At the start of a forward."""
-    context = request.seq + request.cands[: step.num_candidates]
-    check(list(kv[: step.start]) == request.seq[: step.start], "KV ids equal the prefix")
-    check(len(kv) >= step.start, "KV holds what the step builds on")
-    check(list(step.ids) == context[step.start :], "a step feeds the prefix and its candidates")
-    check(step.base <= len(request.seq), "a step draws the next own token")
+def check_step(request: RequestState, step: Step, cache: Cache) -> None:
+    """At the start of a forward, after rows were kept."""
+    context = request.seq + request.cands.main[: step.num_candidates]
+    check(cache.tokens(step.start) == request.seq[: step.start], "KV ids equal the prefix")
+    check(cache.is_path(step.start), "KV holds what the step builds on")
+    check(list(step.ids) == context[step.start : step.end], "a step feeds own tokens, then others")
+    check(not step.ids or step.base <= len(request.seq), "a step draws the next own token")
     check(step.num_candidates < max(1, request.room), "a step stays within the room")
+
+
+def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> None:
+    """Before an item of the tail is fed: what it follows is the prefix that it was made for."""
+    feed = step.tail[index]
+    if index < len(step.twigs):
+        prefix = _prefix_of(request, step.twigs[index].before)
+        check(feed.row >= step.end, "a candidate beside the main path keeps clear of its rows")
+    else:
+        branch = step.branches[index - len(step.twigs)]
+        before = branch.tokens[: feed.position - branch.position]
+        prefix = hash_tokens(request.seq[: branch.position] + before)
+        reach = request.acked + request.role.run_ahead
+        check(feed.row > reach, "a branch keeps clear of own rows")
+        check(feed.row > feed.position, "a branch is copied forwards")
+    check(feed.row > feed.parent_row, "a row comes after those that it sees")
+    check(cache.hash_of(feed.parent_row) == prefix, "a branch is fed on the prefix it follows")
+
+
+def _prefix_of(request: RequestState, place: Twig | int) -> int:
+    """The hash of own text and candidates up to a place among them."""
+    if isinstance(place, int):
+        return hash_tokens(request.seq + request.cands.main[:place])
+    return extend(_prefix_of(request, place.before), place.token)
 
 
 def check_draws(request: RequestState, num_before: int, oracle: Oracle) -> None:
@@ -41,31 +71,39 @@ def check_draws(request: RequestState, num_before: int, oracle: Oracle) -> None:
 
 
 def check_candidates(
-    request: RequestState, before: Sequence[int], draft: Draft, ghost: Sequence[int]
+    request: RequestState, before: Collection[Path], draft: Draft, ghost: Sequence[int]
 ) -> None:
-    """After a Draft. `ghost`: the whole sequence of the drafter, which no real Draft carries."""
-    if request.cands == list(before):
-        return
-    held = request.seq + request.cands
-    drafted = [*ghost[: draft.start], *draft.tokens]
-    check(held == drafted[: len(held)], "a candidate was drafted on the prefix it follows")
+    """After a Draft. before: the paths of the candidates until then. ghost: the whole sequence of
+    the drafter, which no real Draft carries."""
+    prefix, drafted = tuple(ghost[: draft.start]), set[Path]()
+    ends: list[Path] = []
+    for index, token in enumerate(draft.tokens):
+        parent = draft.parents[index] if draft.parents else index - 1
+        ends.append((*(ends[parent] if parent >= 0 else prefix), token))
+        drafted.add(ends[-1])
+    own = tuple(request.seq)
+    for path in request.cands.paths():
+        if path not in before:
+            check(own + path in drafted, "a candidate was drafted on the prefix it follows")
 
 
 def check_caps(request: RequestState, *, reliable: bool) -> None:
     """After every transition."""
     role = request.role
-    check(len(request.cands) <= role.max_candidates, "candidates stay within the cap")
+    most = role.max_candidates + role.max_branch_tokens
+    check(len(request.cands) <= most, "candidates stay within the cap")
     if not role.is_last:
         check(request.sent <= request.acked + role.run_ahead, "sent drafts stay within run-ahead")
         check(request.sent <= len(request.seq), "only own tokens are sent")
     if reliable:
+        if not role.max_branch_tokens:  # a branch may take the place of a main path not held yet
+            in_cap = len(request.cands.main) <= role.max_candidates
+            check(in_cap, "the main path stays within its cap")
         check(request.counts.num_overflows == 0, "nobody sends more than the next stage takes")
         check(request.counts.num_dropped_verdicts == 0, "no verdict is out of order")
 
 
 def check_hashes(request: RequestState) -> None:
     """The incremental hashes name the sequence (checked at the end: it costs O(sequence))."""
-    from pipespec.hashing import hash_tokens
-
     check(len(request.hashes) == len(request.seq) + 1, "one hash for each prefix")
     check(request.hashes[-1] == hash_tokens(request.seq), "hashes name the sequence")

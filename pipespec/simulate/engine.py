@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 from pipespec.emulation import Oracle
 from pipespec.errors import StageError
-from pipespec.hashing import extend, hash_tokens
 from pipespec.messages import (
     LAUNCHER,
     Draft,
@@ -27,10 +26,13 @@ from pipespec.messages import (
     Verdict,
 )  # fmt: skip
 from pipespec.simulate import checks
+from pipespec.simulate.cache import Cache
 from pipespec.simulate.setup import Faults, Report, SimStage
 from pipespec.state.journal import Journal
-from pipespec.state.request import RequestState, Step
+from pipespec.state.outcomes import Ranked
+from pipespec.state.request import RequestState
 from pipespec.state.stage import StageState
+from pipespec.state.step import Step
 
 MAX_EVENTS = 200_000
 TICK_S = 2.0
@@ -57,10 +59,10 @@ class _Process:
     oracle: Oracle
     is_up: bool = True
     step: Step | None = None
-    draws: list[int] = field(default_factory=list)
+    draws: list[Ranked] = field(default_factory=list)
     step_start_s: float = 0.0
     inbox: list[_Delivery] = field(default_factory=list)
-    kv: dict[int, list[int]] = field(default_factory=dict)
+    caches: dict[int, Cache] = field(default_factory=dict)
 
 
 class Simulation:
@@ -215,12 +217,13 @@ class Simulation:
         if not self._verify or request is None:
             self._transmit(index, state.receive(item.link, item.frame, self._now_s))
             return
-        cands, length, num_rollbacks = tuple(request.cands), len(request.seq), _rollbacks(request)
+        paths, length = set(request.cands.paths()), len(request.seq)
+        num_rollbacks = request.counts.num_rollbacks
         frames = state.receive(item.link, item.frame, self._now_s)
         if isinstance(message, Draft):
-            checks.check_candidates(request, cands, message, item.ghost)
+            checks.check_candidates(request, paths, message, item.ghost)
         checks.check_caps(request, reliable=not self._faults.any)
-        cause = "rollback" if _rollbacks(request) > num_rollbacks else ""
+        cause = "rollback" if request.counts.num_rollbacks > num_rollbacks else ""
         if isinstance(message, Verdict):
             self._count_case(message, item.cause, cause, length)
         self._transmit(index, frames, cause)
@@ -258,18 +261,29 @@ class Simulation:
                 self._at_time(decision.wake_at_s, self._waker(index))
             return
         step = process.step = decision.step
-        kv = process.kv.setdefault(step.request, [])
+        cache = process.caches.setdefault(step.request, Cache())
+        request = process.state.requests[step.request]
+        cache.keep(step.keep_start, step.keep)
         if self._verify:
-            checks.check_step(process.state.requests[step.request], step, kv)
-        kv[step.start :] = step.ids
-        if self._verify:
-            prefix = hash_tokens(kv[: step.base])  # of what the cache really holds, right or wrong
-        else:
-            prefix = process.state.requests[step.request].hashes[step.base]
-        process.draws = _draw(process.oracle, prefix, kv[step.base :])
+            checks.check_step(request, step, cache)
+        process.draws = self._draws(process.oracle, request, step, cache)
         process.step_start_s = self._now_s
-        step_s = self._random_s(self.stages[index].step_s(len(step.ids)))
+        num_fed = len(step.ids) + len(step.tail)
+        step_s = self._random_s(self.stages[index].step_s(num_fed))
         self._at(step_s, lambda: self._finish_step(index, process))
+
+    def _draws(
+        self, oracle: Oracle, request: RequestState, step: Step, cache: Cache
+    ) -> list[Ranked]:
+        """What the model ranks first after what the cache really holds, right or wrong."""
+        hashes = [cache.feed(row, token, row - 1) for row, token in enumerate(step.ids, step.start)]
+        for index, feed in enumerate(step.tail):
+            if self._verify:
+                checks.check_feed(request, step, index, cache)
+            hashes.append(cache.feed(feed.row, feed.token, feed.parent_row))
+        count = 1 + request.role.outcomes.num_ranked
+        first = len(hashes) - step.num_draws - len(step.tail)
+        return [tuple(oracle.ranked(prefix_hash, count)) for prefix_hash in hashes[first:]]
 
     def _finish_step(self, index: int, process: _Process) -> None:
         if self._processes[index] is not process or not process.is_up:
@@ -363,16 +377,3 @@ class Simulation:
             self._at(TICK_S, tick)
 
         return tick
-
-
-def _draw(oracle: Oracle, prefix: int, candidates: Sequence[int]) -> list[int]:
-    """The model's choice after the prefix with this hash and after each candidate."""
-    draws = [oracle.draw(prefix)]
-    for token in candidates:
-        prefix = extend(prefix, token)
-        draws.append(oracle.draw(prefix))
-    return draws
-
-
-def _rollbacks(request: RequestState) -> int:
-    return request.counts.num_rollbacks

@@ -18,7 +18,7 @@ from pipespec.metrics import StageCounts
 from pipespec.policy import make_policy
 from pipespec.simulate.engine import Simulation
 from pipespec.simulate.setup import SimStage
-from pipespec.state.request import Role
+from pipespec.state.step import Role
 
 LATENCY_S: Final = 1e-4  # from one process to the next; of no weight beside steps of ms
 _VOCAB_SIZE: Final = 4096

@@ -11,7 +11,8 @@ from pipespec.messages import Submit
 from pipespec.policy import AdaptiveWait, FixedWait, Policy
 from pipespec.simulate.engine import Simulation
 from pipespec.simulate.setup import Faults, Report, SimStage
-from pipespec.state.request import Role
+from pipespec.state.outcomes import Budget
+from pipespec.state.step import Role
 
 VOCAB_SIZE = 4  # few tokens: wrong branches meet right ones by chance, again and again
 RELIABLE = Faults()
@@ -36,6 +37,8 @@ class Scenario:
     apply_mid_step: bool
     adaptive: bool
     short_context: bool
+    outcomes: tuple[Budget, ...]
+    twigs: tuple[int, ...]
     max_new_tokens: tuple[int, ...]
     eos: int | None
 
@@ -61,6 +64,8 @@ class Scenario:
             short_context=rng.random() < 0.1,
             max_new_tokens=tuple(rng.randint(1, 20) for _ in range(num_requests)),
             eos=rng.choice([None, None, VOCAB_SIZE - 1]),
+            outcomes=tuple(_budget(rng) for _ in range(num_stages - 1)),
+            twigs=(0, *(rng.choice([0, rng.randint(1, 6)]) for _ in range(num_stages - 1))),
         )
 
     def submits(self) -> list[Submit]:
@@ -96,12 +101,33 @@ class Scenario:
 
         return SimStage(
             role=lambda: Role(
-                index, num_stages, self.run_ahead[index], above, self.batch, context_length
+                index,
+                num_stages,
+                self.run_ahead[index],
+                above,
+                self.batch,
+                context_length,
+                (*self.outcomes, Budget())[index],
+                self.outcomes[index - 1].most_tokens(above) if index else 0,
+                self.twigs[index],
             ),
             policy=policy,
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),
             oracle=Oracle(self.agreement[index], VOCAB_SIZE, self.seed),
         )
+
+
+def _budget(rng: random.Random) -> Budget:
+    """None in half of the stages."""
+    if rng.random() < 0.5:
+        return Budget()
+    return Budget(
+        rng.randint(1, 3),
+        rng.randint(1, 4),
+        rng.randint(1, 4),
+        rng.randint(2, 12),
+        rng.randint(1, 4),
+    )
 
 
 def simulate_seed(seed: int, faults: Faults = RELIABLE, *, perfect: bool = False) -> Report:

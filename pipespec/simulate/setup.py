@@ -9,7 +9,7 @@ from typing import Any
 
 from pipespec.emulation import Oracle
 from pipespec.policy import Policy
-from pipespec.state.request import Role
+from pipespec.state.step import Role
 
 
 @dataclass(frozen=True, slots=True)

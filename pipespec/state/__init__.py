@@ -2,8 +2,9 @@
 
 from pipespec.state.finish import FinishChecker, cut_at_stop
 from pipespec.state.journal import Journal
-from pipespec.state.request import RequestState, Role, Step
+from pipespec.state.request import RequestState
 from pipespec.state.stage import Decision, StageState
+from pipespec.state.step import Role, Step
 
 __all__ = [
     "Decision",

@@ -21,70 +21,31 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
+from pipespec.state.beside import branch_draft, place_feeds
+from pipespec.state.candidates import Candidates, Node, Twig
 from pipespec.state.counts import Counts
+from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
+from pipespec.state.step import Role, Step
+from pipespec.state.tail import TailRows
+from pipespec.state.verification import verify
+
+MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
-
-
-@dataclass(slots=True)
-class Role:
-    """Where a stage stands and what bounds it; one object for all its requests.
-
-    run_ahead: tokens it may be ahead of the last verdict (the last stage has no such bound).
-    max_candidates: the most that the stage before it may be ahead. batch: tokens that a first draft
-    collects before it sends them. A policy may change the bounds between two transitions.
-    context_length: positions that the stage's own model can hold; a draft whose context is full
-    stops drafting, the target's was checked before the request was submitted.
-    """
-
-    index: int
-    num_stages: int
-    run_ahead: int
-    max_candidates: int
-    batch: int = 1
-    context_length: int = 1 << 40
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward to run: feed `ids` at position `start`, take the draws after the last
-    `num_candidates + 1` of them. `base` is the position that the first draw is for."""
-
-    request: int
-    start: int
-    ids: tuple[int, ...]
-    num_candidates: int
-    is_prefill: bool = False
-
-    @property
-    def base(self) -> int:
-        return self.start + len(self.ids) - self.num_candidates
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.ids)
 
 
 class RequestState:
     """The state of one request at one stage. Owned by exactly one `StageState`."""
 
     __slots__ = (
-        "acked", "cands", "check_finish", "context_is_short", "counts", "drafter_stopped", "eos",
-        "finish_reason", "hashes", "intact", "kv_valid", "limit", "num_verdicts_sent",
-        "prompt_len", "request", "role", "sent", "seq", "step", "submit", "verdict_seen",
+        "acked", "adopted", "candidate_stats", "cands", "check_finish", "context_is_short",
+        "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep",
+        "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent", "outcomes",
+        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
         "waiting_until",
     )  # fmt: skip
 
@@ -101,13 +62,13 @@ class RequestState:
             self.limit = role.context_length + 1
         self.seq: list[int] = []
         self.hashes = array("Q", [ROOT])  # hashes[n] names seq[:n]
-        self.cands: list[int] = []
         self.drafter_stopped = False  # nothing follows `cands` until the drafter hears from us
         self.finish_reason = ""
         for token in submit.prompt:
             self._append(token)
+        self.cands = Candidates(self.hashes[-1], role.max_candidates + role.max_branch_tokens)
         for token in submit.committed:
-            self._append(token)
+            self._push(token)
             if role.is_last:
                 self.finish_reason = check_finish(token)
         self.sent = self.acked = len(self.seq)
@@ -117,6 +78,14 @@ class RequestState:
         self.step: Step | None = None
         self.intact = 0  # how much of seq no verdict has touched since the step in flight began
         self.waiting_until: float | None = None
+        num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
+        self.rows = TailRows(num_rows + role.max_twigs)
+        self.outcomes = Outcomes(role.outcomes, self.rows, role.run_ahead, self.limit, self.eos)
+        self.candidate_stats = RankStats(MAX_ALTERNATIVES)
+        self.num_main_accepted = 0  # candidates of the main path, in the step that ended last
+        self.adopted: Branch | None = None  # by a verdict that overtook the step in flight
+        self.keep: tuple[int, ...] = ()  # cache rows to copy to `keep_start` before the next step
+        self.keep_start = 0
         self.counts = Counts()
 
     # -- what may happen next ---------------------------------------------------------------
@@ -142,45 +111,41 @@ class RequestState:
 
     @property
     def can_step(self) -> bool:
+        """Own tokens may follow."""
         return self.step is None and self.room > 0 and not self.is_ended
+
+    @property
+    def can_prepare(self) -> bool:
+        """Outcomes may be prepared although no own tokens may follow: only a first draft has the
+        time."""
+        if not self.role.is_first or self.step is not None or self.is_prefill:
+            return False
+        return bool(self.outcomes.offers(self.acked, self.kv_valid))
 
     @property
     def is_prefill(self) -> bool:
         """The next step still has prompt tokens to compute."""
         return self.kv_valid < self.prompt_len
 
-    def hash_at(self, position: int) -> int:
-        """Hash of own tokens plus candidates before `position`."""
-        if position <= len(self.seq):
-            return self.hashes[position]
-        prefix = self.hashes[-1]
-        for token in self.cands[: position - len(self.seq)]:
-            prefix = extend(prefix, token)
-        return prefix
-
     # -- events -----------------------------------------------------------------------------
 
     def on_draft(self, draft: Draft) -> bool:
         """Tokens that may follow; False if they follow a prefix that is not held here. Nothing is
         sent: what they lead to is seen at the next step."""
-        start, known = draft.start, len(self.seq) + len(self.cands)
-        if start > known or self.hash_at(start) != draft.parent:
+        before = self._place(draft.start, draft.parent)
+        if before is None:
             self.counts.num_stale_drafts += len(draft.tokens)
             return False
-        for position, token in enumerate(draft.tokens, start):
-            ahead = position - len(self.seq)
-            if ahead < 0:
-                if self.seq[position] != token:
-                    return True  # the verdict that says so is on its way already
-            elif ahead == len(self.cands):
-                self.cands.append(token)
-            elif self.cands[ahead] != token:
-                self.cands[ahead:] = [token]
-        if start + len(draft.tokens) == len(self.seq) + len(self.cands):
+        places: list[int | Node | None] = []
+        follows: int | Node | None = before
+        for index, token in enumerate(draft.tokens):
+            if draft.parents:
+                parent = draft.parents[index]
+                follows = places[parent] if parent >= 0 else before
+            follows = self._follow(follows, token, is_own=not draft.parents)
+            places.append(follows)
+        if isinstance(follows, Node) and self.cands.ends_main(follows):
             self.drafter_stopped = draft.last
-        if len(self.cands) > self.role.max_candidates:
-            self.counts.num_overflows += 1
-            del self.cands[self.role.max_candidates :]
         return True
 
     def on_verdict(self, verdict: Verdict) -> list[Outgoing]:
@@ -196,39 +161,73 @@ class RequestState:
         start, tokens = verdict.start, verdict.tokens
         end = start + len(tokens)
         same = _common_length(self.seq, start, tokens)
+        first_new, rest = start + same, tokens[same:]
+        self._observe(same, first_new, rest)
         self.acked = end
         outgoing: list[Outgoing] = []
-        if same < len(tokens):
-            first_new = start + same
+        is_hit = False
+        if rest:
+            branch = self.outcomes.match(first_new, rest)
             self._roll_back(first_new)
-            for token in tokens[same:]:
+            for token in rest:
                 self._push(token)
             self.sent = len(self.seq)
+            is_hit = branch is not None
+            if branch is not None:
+                self._adopt(branch, len(rest))
             outgoing += self._send_up(first_new)
         elif verdict.full:
             self.sent = end  # the receiver lost its candidates: what follows is sent again
         else:
             self.sent = max(self.sent, end)
-        return outgoing + self.flush()
+        self.outcomes.forget_before(end, was_lost=verdict.full)
+        return outgoing + self.flush(is_answer=is_hit)
 
-    def begin_step(self, most: int) -> Step:
-        """Starts a forward over what the cache lacks and as many candidates as are of use, at most
-        `most`."""
-        assert self.can_step
-        num_candidates = 0 if self.is_prefill else min(len(self.cands), self.room - 1, most)
-        start = min(self.kv_valid, len(self.seq) - 1)
-        ids = (*self.seq[start:], *self.cands[:num_candidates])
-        self.step = Step(self.request, start, ids, num_candidates, self.is_prefill)
+    def num_usable(self, most: int) -> int:
+        """Candidates that the next forward verifies, if it verifies at most `most`."""
+        if self.is_prefill:
+            return 0
+        return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
+
+    def begin_step(
+        self, most: int, extras: Sequence[Twig | Branch] = (), *, takes_own: bool = True
+    ) -> Step:
+        """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
+        `most`, if takes_own and own tokens may follow; and over `extras`, the best of
+        `offers_beside`."""
+        num_candidates, start = 0, self.kv_valid
+        ids: tuple[int, ...] = ()
+        branches = [extra for extra in extras if isinstance(extra, Branch)]
+        cached = [branch for branch in branches if branch.position <= start]
+        twigs: list[Twig] = []
+        if self.can_step and (takes_own or not cached):
+            num_candidates = self.num_usable(most)
+            start = min(start, len(self.seq) - 1)
+            ids = (*self.seq[start:], *self.cands.main[:num_candidates])
+            twigs = [extra for extra in extras if isinstance(extra, Twig)]
+        tail, twigs, branches = place_feeds(self, twigs, branches if ids else cached)
+        keep, self.keep = self.keep, ()
+        self.step = Step(
+            self.request, start, ids, num_candidates, self.is_prefill, tuple(tail), tuple(twigs),
+            tuple(branches), keep, self.keep_start,
+        )  # fmt: skip
         self.intact = len(self.seq)
         self.waiting_until = None
         return self.step
 
-    def end_step(self, draws: Sequence[int], start_s: float, end_s: float) -> list[Outgoing]:
-        """The forward is done; `draws[j]` is the choice for position `step.base + j`."""
+    def end_step(self, draws: Sequence[Ranked], start_s: float, end_s: float) -> list[Outgoing]:
+        """The forward is done. `draws[j]`: tokens by rank for position `step.base + j`, the choice
+        first; then for the position after each of `step.tail`."""
         step = self.step
-        assert step is not None and len(draws) == step.num_candidates + 1
-        self.step = None
-        fed = step.ids[len(step.ids) - step.num_candidates :]  # the candidates, from step.base on
+        assert step is not None and len(draws) == step.num_draws + len(step.tail)
+        self.step, self.num_main_accepted = None, 0
+        self.rows.free(feed.row for feed, _ in zip(step.tail, step.twigs))
+        for branch, ranked in zip(step.branches, draws[step.num_draws + len(step.twigs) :]):
+            branch.tokens.append(ranked[0])
+            branch.ranked.append(ranked[1:])
+        if self.adopted is not None or not step.ids:
+            return self._end_overtaken_step(step, start_s, end_s)
+        fed = step.ids[step.base_index :]
         if self.intact < step.base:
             valid = self.intact
         else:
@@ -238,25 +237,40 @@ class RequestState:
             self.counts.num_discarded_steps += 1
             self.counts.log_step(step, 0, 0, start_s, end_s)
             return []
-        first_new, num_accepted, accepted = len(self.seq), 0, True
-        while not self.is_ended and self.remaining > 0:
-            position = len(self.seq)
-            token = draws[position - step.base]
-            accepted = position < step.end and fed[position - step.base] == token
+        return self._take(step, draws, start_s, end_s)
+
+    def _take(
+        self, step: Step, draws: Sequence[Ranked], start_s: float, end_s: float
+    ) -> list[Outgoing]:
+        """Own tokens follow: the candidates that were drawn, and one more."""
+        first_new = len(self.seq)
+        verified = verify(step, draws, first_new - step.base)
+        if self.role.max_twigs and step.num_candidates:
+            is_rejected = first_new + verified.num_main < step.end
+            *accepted, token = (ranked[0] for ranked in verified.draws[: verified.num_main + 1])
+            rank = self.cands.rank(accepted, token) if is_rejected else None
+            self.candidate_stats.observe(verified.num_main, rank, corrected=is_rejected)
+        for token, *others in verified.draws:
+            if self.is_ended or self.remaining <= 0:
+                break
+            self.outcomes.learn(len(self.seq), others)
             self._push(token)
             if self.role.is_last:
                 self.finish_reason = self.check_finish(token)
-            num_accepted += accepted
-            if not accepted:
-                break
-        rejected = not accepted and len(self.seq) <= step.end
-        self.kv_valid = min(step.end, len(self.seq) - rejected)
         num_emitted = len(self.seq) - first_new
+        num_accepted = min(verified.num_main + len(verified.rows), num_emitted)
+        self.num_main_accepted = min(verified.num_main, num_accepted)
+        self.kv_valid = first_new + num_accepted
+        self.keep_start = first_new + self.num_main_accepted
+        self.keep = tuple(verified.rows[: num_accepted - self.num_main_accepted])
         self.counts.log_step(step, num_accepted, num_emitted, start_s, end_s)
         return self._send_up(first_new) + self.flush()
 
-    def flush(self) -> list[Outgoing]:
-        """Drafts not sent yet, within the bound on run-ahead, if at least a batch or the last."""
+    def flush(self, *, is_answer: bool = False, is_urgent: bool = False) -> list[Outgoing]:
+        """Drafts not sent yet, within the bound on run-ahead, if at least a batch or the last.
+
+        is_answer: the next stage may wait to hear that nothing follows. is_urgent: no more will
+        come soon."""
         if self.role.is_last:
             return []
         end = min(len(self.seq), self.acked + self.role.run_ahead)
@@ -264,12 +278,13 @@ class RequestState:
         stops = self.room <= 0 or self.is_ended
         # Nobody may wait for a draft whose context is full, so it says so, with no tokens.
         has_news = num_unsent > 0 or (self.context_is_short and self.remaining <= 0)
-        if not has_news or (num_unsent < self.role.batch and not stops):
-            return []
+        has_news |= is_answer and stops
+        if not has_news or (num_unsent < self.role.batch and not (stops or is_urgent)):
+            return branch_draft(self)
         parent, tokens = self.hashes[self.sent], tuple(self.seq[self.sent : end])
         draft = Draft(self.request, parent, self.sent, tokens, stops)
         self.sent = end
-        return [(Link.DOWN, draft)]
+        return [(Link.DOWN, draft), *branch_draft(self)]
 
     def full_verdict(self) -> list[Outgoing]:
         """Everything a stage above needs to take part from nothing; idempotent."""
@@ -282,27 +297,89 @@ class RequestState:
 
     # -- parts of the transitions -----------------------------------------------------------
 
+    def _place(self, start: int, prefix_hash: int) -> int | Node | None:
+        """Where a draft begins: an own position, a candidate, or nowhere that is held here. The
+        end of the own tokens is the root of the candidates."""
+        if start < len(self.seq):
+            return start if self.hashes[start] == prefix_hash else None
+        return self.cands.find(prefix_hash)
+
+    def _follow(self, before: int | Node | None, token: int, *, is_own: bool) -> int | Node | None:
+        """Where a drafted token is, given what it follows; None: nowhere (the verdict that says so
+        is on its way already, or there is no room)."""
+        if isinstance(before, int):
+            if self.seq[before] != token:
+                return None
+            return before + 1 if before + 1 < len(self.seq) else self.cands.root
+        if before is None:
+            return None
+        node = self.cands.add(before, token, is_own=is_own)
+        self.counts.num_overflows += node is None
+        return node
+
     def _append(self, token: int) -> None:
         self.seq.append(token)
         self.hashes.append(extend(self.hashes[-1], token))
 
+    def _observe(self, num_same: int, first_new: int, rest: Sequence[int]) -> None:
+        is_corrected = bool(rest) and first_new < len(self.seq)
+        self.counts.num_corrections += is_corrected
+        rank = self.outcomes.rank(first_new, rest[0]) if is_corrected else None
+        self.outcomes.stats.observe(num_same, rank, corrected=is_corrected)
+
+    def _adopt(self, branch: Branch, num_known: int) -> None:
+        """A prepared verdict came and brought `num_known` of the branch's tokens: go on with the
+        others as if they had been drawn now."""
+        self.outcomes.adopt(branch)
+        self.counts.num_outcome_hits += 1
+        for token in branch.tokens[num_known:]:
+            if self.is_ended or self.room <= 0:
+                break
+            self._push(token)
+        self.sent = min(len(self.seq), branch.position + max(num_known, branch.num_sent))
+        self.keep_start, self.keep = branch.position, tuple(branch.rows)
+        self._cut_keep(len(self.seq))
+        self.kv_valid = branch.position + len(self.keep)
+        if self.step is not None:
+            self.adopted = branch
+
+    def _cut_keep(self, length: int) -> None:
+        """No cached rows are kept for positions from `length` on."""
+        self.keep = self.keep[: max(0, length - self.keep_start)]
+
+    def _end_overtaken_step(self, step: Step, start_s: float, end_s: float) -> list[Outgoing]:
+        """Nothing was drawn for the own sequence, unless a branch in the step has become it."""
+        branch, self.adopted = self.adopted, None
+        num_emitted = 0
+        if branch is not None:
+            is_next = branch.position + len(branch.tokens) - 1 == len(self.seq)
+            is_fed = branch in step.branches
+            if is_fed and is_next and self.room > 0 and not self.is_ended:
+                self._push(branch.tokens[-1])
+                self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
+                num_emitted = 1
+        self.counts.num_discarded_steps += bool(step.ids)
+        self.counts.log_step(step, 0, num_emitted, start_s, end_s)
+        told = self._send_up(len(self.seq) - num_emitted) if num_emitted else []
+        return told + self.flush(is_urgent=True)
+
     def _push(self, token: int) -> None:
         """Own tokens grow by one: consume the candidate that says the same, or drop the branch."""
-        if self.cands and self.cands[0] == token:
-            self.cands.pop(0)
-        else:
-            self.cands.clear()
-            self.drafter_stopped = False
         self._append(token)
+        if not self.cands.follow(token, self.hashes[-1]):
+            self.drafter_stopped = False
 
     def _roll_back(self, length: int) -> None:
         num_removed = len(self.seq) - length
         if num_removed <= 0:
             return
-        self.cands.clear()
         self.drafter_stopped = False
         del self.seq[length:]
         del self.hashes[length + 1 :]
+        self.cands.clear(self.hashes[-1])
+        self.outcomes.clear(length)
+        self.adopted = None
+        self._cut_keep(length)
         self.kv_valid = min(self.kv_valid, length)
         self.intact = min(self.intact, length)
         self.counts.num_rollbacks += 1

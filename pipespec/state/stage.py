@@ -24,11 +24,21 @@ from pipespec.messages import (
     Submit,
     Verdict,
 )  # fmt: skip
-from pipespec.policy import Policy, Situation, StepResult
+from pipespec.policy import (
+    MAX_URGENT,
+    Offer,
+    Policy,
+    Situation,
+    StepResult,
+    expected_tokens,
+)
+from pipespec.state.beside import offers_beside
 from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
-from pipespec.state.request import FinishCheck, Outgoing, RequestState, Role, Step
+from pipespec.state.outcomes import Ranked
+from pipespec.state.request import FinishCheck, Outgoing, RequestState
+from pipespec.state.step import Role, Step
 
 NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Finish
 REFRESH_S = 5.0  # without a usable Draft from above for so long: send everything again
@@ -90,19 +100,19 @@ class StageState:
         wake_at_s: float | None = None
         for offset in range(len(active)):
             request = active[(self._turn + offset) % len(active)]
-            if not request.can_step:
+            if not request.can_step and not request.can_prepare:
                 continue
             ready_at_s = self._ready_at(request, now_s)
             if ready_at_s is not None and ready_at_s <= now_s:
                 self._turn += offset + 1
                 self._in_flight = request
-                return Decision(request.begin_step(self.policy.use(len(request.cands))))
+                return Decision(self._begin_step(request))
             if ready_at_s is not None:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
 
     def end_step(
-        self, draws: Sequence[int], start_s: float, end_s: float
+        self, draws: Sequence[Ranked], start_s: float, end_s: float
     ) -> list[tuple[Link, Frame]]:
         """The forward that `decide` started is done. Its request may have finished meanwhile."""
         request, self._in_flight = self._in_flight, None
@@ -113,9 +123,11 @@ class StageState:
         outgoing = request.end_step(draws, start_s, end_s)
         self.policy.on_step(
             StepResult(
-                query_length=len(step.ids),
+                query_length=len(step.ids) + len(step.tail),
                 num_offered=step.num_candidates,
+                num_accepted=request.num_main_accepted,
                 num_emitted=len(request.seq) - length,
+                num_left=len(request.cands.main),
                 is_prefill=step.is_prefill,
                 seconds=end_s - start_s,
                 end_s=end_s,
@@ -182,10 +194,10 @@ class StageState:
         if request is None:
             self.num_unknown += 1
             return [(Link.UP, Finish(draft.request))] if draft.request in self._gone else []
-        is_usable = request.on_draft(draft)
-        if is_usable:  # stale ones alone may mean that a lost frame left the two apart
+        num_before = len(request.cands.main)
+        if request.on_draft(draft):  # stale ones alone may mean that a lost frame parted the two
             self._last_draft_s[draft.request] = now_s
-        num_tokens = len(draft.tokens) if is_usable else 0
+        num_tokens = max(0, len(request.cands.main) - num_before)
         self.policy.on_draft(num_tokens, request.drafter_stopped, now_s)
         return []
 
@@ -219,15 +231,36 @@ class StageState:
 
     # -- parts ------------------------------------------------------------------------------
 
+    def _begin_step(self, request: RequestState) -> Step:
+        most = self.policy.use(len(request.cands.main))
+        extras = offers_beside(request, most)
+        if not extras:
+            return request.begin_step(most)
+        own_length, own_value, next_may_wait = 0, 0.0, False
+        if request.can_step:
+            num_candidates = request.num_usable(most)
+            own_length = max(1, len(request.seq) - request.kv_valid) + num_candidates
+            own_value = expected_tokens(request.candidate_stats.agreement, num_candidates)
+            if not self.role.is_last:
+                # The next stage accepts a token if it has accepted all that it has not seen yet.
+                num_unseen = len(request.seq) - request.acked
+                agreement = request.outcomes.stats.agreement
+                own_value *= agreement ** (num_unseen + 1)
+                next_may_wait = num_unseen < min(MAX_URGENT, 1.0 / (1.0 - agreement))
+        values = tuple(extra.value for extra in extras)
+        offer = Offer(own_length, own_value, values, self.role.is_first, next_may_wait)
+        takes_own, num_extras = self.policy.feed(offer)
+        return request.begin_step(most, extras[:num_extras], takes_own=takes_own)
+
     def _ready_at(self, request: RequestState, now_s: float) -> float | None:
         """When `request` may step: now, later (the wait for candidates ends), or None (not before
         a message arrives)."""
         if self.role.is_first or request.is_prefill or request.drafter_stopped:
             return now_s
         useful = min(request.room, request.remaining) - 1
-        situation = Situation(len(request.cands), useful, now_s)
+        situation = Situation(len(request.cands.main), useful, now_s)
         wanted, patience_s = self.policy.wait(situation)
-        if len(request.cands) >= min(wanted, useful):
+        if len(request.cands.main) >= min(wanted, useful):
             return now_s
         if patience_s is None:
             return None

@@ -1,0 +1,193 @@
+"""A first draft prepares for verdicts. Vocabulary: single digits; ranks are given by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipespec.config import SamplingParams
+from pipespec.hashing import hash_tokens
+from pipespec.messages import Draft, Link, Submit, Verdict
+from pipespec.state import RequestState, Role
+from pipespec.state.beside import offers_beside
+from pipespec.state.outcomes import Budget, RankStats
+from pipespec.state.request import Outgoing
+from pipespec.state.step import Step
+
+PROMPT = (7, 7, 7)
+BUDGET = Budget(num_ranked=2, length=3, num_feeds=2, num_rows=8, batch=99)
+
+
+def drafter(
+    budget: Budget = BUDGET, *, run_ahead: int = 4, max_new_tokens: int = 50, eos: int | None = None
+) -> RequestState:
+    """Stage 0 of two, after its prefill drew 1 (ranked below: 2, 3)."""
+    eos_ids = () if eos is None else (eos,)
+    submit = Submit(1, PROMPT, (), SamplingParams(), max_new_tokens, eos_ids, ())
+    role = Role(0, 2, run_ahead, 0, outcomes=budget)
+    state = RequestState(submit, role, lambda _token: "")
+    begin(state)
+    state.end_step([(1, 2, 3)], 0.0, 1.0)
+    return state
+
+
+def begin(state: RequestState) -> Step:
+    """A forward over all that could be fed."""
+    return state.begin_step(16, offers_beside(state, 16))
+
+
+def step(state: RequestState, own: Sequence[int], *tails: Sequence[int]) -> Step:
+    """One forward, with these ranked draws."""
+    started = begin(state)
+    assert len(started.tail) == len(tails), started.tail
+    state.end_step([tuple(own)][: started.num_draws] + [tuple(t) for t in tails], 0.0, 1.0)
+    return started
+
+
+def verdict(state: RequestState, start: int, *tokens: int) -> list[Outgoing]:
+    return state.on_verdict(Verdict(1, state.verdict_seen + 1, start, tokens, False))
+
+
+def own(state: RequestState) -> list[int]:
+    return state.seq[len(PROMPT) :]
+
+
+def test_the_alternatives_of_an_unverified_token_are_fed_beside_the_own_text() -> None:
+    state = drafter()
+    started = step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    assert started.ids == (1,)
+    assert [(x.token, x.position, x.parent_row) for x in started.tail] == [(2, 3, 2), (3, 3, 2)]
+    rows = [x.row for x in started.tail]
+    assert rows == [rows[0], rows[0] + 1]
+    assert rows[0] > 3 + 4, "beyond all rows that the own text may reach"
+
+
+def test_a_verdict_that_was_foreseen_costs_no_drafting() -> None:
+    state = drafter()
+    started = step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2)
+    assert own(state) == [2, 8]
+    assert state.counts.num_outcome_hits == 1
+    after = begin(state)
+    assert (after.keep_start, after.keep) == (3, (started.tail[0].row,))
+    assert (after.start, after.ids) == (4, (8,)), "only the last token is left to feed"
+
+
+def test_a_verdict_that_was_not_foreseen_leaves_no_branch() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 6)
+    assert own(state) == [6]
+    assert (state.counts.num_outcome_hits, state.outcomes.branches) == (0, {})
+    after = begin(state)
+    assert (after.keep, after.start, after.ids) == ((), 3, (6,))
+
+
+def test_a_verdict_that_goes_on_otherwise_was_not_foreseen() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2, 6)
+    assert own(state) == [2, 6]
+    assert (state.counts.num_outcome_hits, state.counts.num_corrections) == (0, 1)
+    assert begin(state).keep == ()
+
+
+def test_a_verdict_may_know_more_of_a_case_than_was_prepared() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2, 8)
+    assert own(state) == [2, 8]
+    assert (state.counts.num_outcome_hits, state.counts.num_corrections) == (1, 1)
+    assert begin(state).ids == (8,)
+
+
+def test_the_likelier_case_is_continued_first_until_its_length() -> None:
+    state = drafter(Budget(1, 2, 1, 8, 99), run_ahead=2)
+    assert [x.token for x in step(state, (4, 5), (8, 0)).tail] == [2]
+    assert not state.can_step, "from here on there is time for branches only"
+    assert [x.token for x in step(state, (), (9, 0)).tail] == [8]
+    assert [x.token for x in step(state, (), (6, 0)).tail] == [5]
+    assert [x.token for x in step(state, (), (6, 0)).tail] == [6]
+    assert not state.can_prepare
+    verdict(state, 3, 2)
+    assert own(state) == [2, 8, 9]
+
+
+def test_a_branch_in_flight_goes_on_from_its_draw_when_the_verdict_overtakes_it() -> None:
+    state = drafter()
+    begin(state)
+    verdict(state, 3, 2)
+    assert own(state) == [2]
+    state.end_step([(4, 5, 6), (8, 1, 1), (9, 1, 1)], 0.0, 1.0)
+    assert own(state) == [2, 8], "the draw of the branch that was fed with 2"
+    assert begin(state).ids == (8,)
+
+
+def test_a_rollback_before_the_copy_cuts_what_is_copied() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2)
+    verdict(state, 3, 5)
+    assert own(state) == [5]
+    after = begin(state)
+    assert (after.keep, after.start, after.ids) == ((), 3, (5,))
+
+
+def test_a_branch_ends_at_an_end_of_text() -> None:
+    state = drafter(Budget(1, 3, 1, 8, 99), run_ahead=1, eos=0)
+    step(state, (), (0, 5))
+    assert not state.can_prepare
+    verdict(state, 3, 2)
+    assert own(state) == [2, 0]
+    assert state.is_ended
+
+
+def test_branches_are_sent_as_a_tree_once_none_of_them_goes_on() -> None:
+    state = drafter(Budget(1, 2, 1, 8, 99), run_ahead=2)
+    begin(state)
+    ((_, text),) = state.end_step([(4, 5), (8, 0)], 0.0, 1.0)
+    assert text == Draft(1, hash_tokens((*PROMPT, 1)), 4, (4,), True)
+    begin(state)
+    ((link, first),) = state.end_step([(9, 0)], 0.0, 1.0)
+    assert link is Link.DOWN
+    assert first == Draft(1, hash_tokens(PROMPT), 3, (2, 8, 9), False, (-1, 0, 1))
+    begin(state)
+    assert state.end_step([(6, 0)], 0.0, 1.0) == []
+    begin(state)
+    ((_, second),) = state.end_step([(5, 0)], 0.0, 1.0)
+    assert second == Draft(1, hash_tokens(PROMPT), 3, (1, 5, 6, 5), False, (-1, 0, 1, 2))
+
+
+def test_what_the_next_stage_has_as_a_branch_is_not_sent_again() -> None:
+    state = drafter(Budget(1, 2, 1, 8, 3), run_ahead=4)
+    step(state, (4, 0), (8, 0))
+    step(state, (5, 0), (9, 0))
+    sent = [m for _, m in verdict(state, 3, 2) if isinstance(m, Draft)]
+    assert own(state) == [2, 8, 9]
+    assert sent == []
+    assert state.sent == len(state.seq)
+
+
+def test_a_drafter_that_cannot_go_on_after_a_hit_says_so() -> None:
+    """The next stage has the branch without that word, and may wait for more."""
+    state = drafter(Budget(1, 2, 1, 8, 2), run_ahead=1, max_new_tokens=2)
+    step(state, (), (8, 0))
+    sent = [m for _, m in verdict(state, 3, 2) if isinstance(m, Draft)]
+    assert [(m.tokens, m.last) for m in sent] == [((), True)]
+
+
+def test_a_stage_that_lost_its_candidates_gets_the_branches_again() -> None:
+    state = drafter(Budget(1, 1, 1, 8, 2), run_ahead=1)
+    step(state, (), (8, 0))
+    assert state.outcomes.unsent(state.sent) == []
+    outgoing = state.on_verdict(Verdict(1, state.verdict_seen + 1, 3, (), True))
+    tokens = [m.tokens for _, m in outgoing if isinstance(m, Draft)]
+    assert tokens == [(1,), (2, 8)]
+
+
+def test_rank_shares_follow_what_verdicts_bring() -> None:
+    stats = RankStats(2)
+    for _ in range(300):
+        stats.observe(1, 1, corrected=True)
+    assert 0.45 < stats.agreement < 0.55
+    assert stats.share(1) > 0.9
+    assert stats.share(0) < 0.05
