@@ -150,7 +150,6 @@ def test_prepared_outcomes_and_trees_leave_the_text_as_it_is(
     assert num_hits > 0, "no verdict was foreseen: nothing was tested"
 
 
-
 def test_greedy_writes_what_transformers_writes(
     greedy: GreedyDecoder, prompts: list[tuple[int, ...]]
 ) -> None:
