@@ -20,7 +20,7 @@ from pipespec.errors import ConfigError, UsageError
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("8bit", "4bit")
-RUNNERS: Final = ("auto", "llama", "hf", "emulated")
+RUNNERS: Final = ("auto", "native", "llama", "hf", "emulated")
 STRATEGIES: Final = ("greedy", "chain", "async-chain")
 POLICIES: Final = ("adaptive", "pipespec")
 MAX_STOP_TEXTS: Final = 64
