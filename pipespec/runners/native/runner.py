@@ -267,7 +267,7 @@ def _tail_tables(
     slot: _Slot, tail: Sequence[TailToken]
 ) -> tuple[ctypes.Array[c_int32], ctypes.Array[c_int32]]:
     """What `Feed` calls tail and chain; the slot gets to know the branches."""
-    slot.branches = {row: seen for row, seen in slot.branches.items() if row < tail[0].row}
+    slot.branches = {row: seen for row, seen in slot.branches.items() if row >= slot.length}
     fields: list[int] = []
     chains: list[int] = []
     for item in tail:
