@@ -87,17 +87,25 @@ class StageLoop:
         row = Row(slot, step.start, step.ids, step.num_draws, sampling)
         start_s = self._clock()
         draws = self._draws(row, step)
+        while len(draws) <= step.num_more and self.state.goes_on(step):
+            row = row.after(draws[-1][0])
+            draws += self._draws(row)
+            self._drain(0.0)
         end_s = self._clock()
         self._drain(0.0)  # a verdict that overtook the forward saves sending dead drafts
         self._send(self.state.end_step(draws, start_s, end_s))
 
-    def _draws(self, row: Row, step: Step) -> list[tuple[int, ...]]:
+    def _draws(self, row: Row, step: Step | None = None) -> list[tuple[int, ...]]:
+        """step: with what is beside the row in it."""
         num_ranked = 1 + self.state.role.outcomes.num_ranked
-        if num_ranked == 1 and not step.tail and not step.keep:
+        tail = [] if step is None else step.tail
+        keep = () if step is None else step.keep
+        if num_ranked == 1 and not tail and not keep:
             return [(token,) for token in self._slots.runner.forward([row])[0]]
         assert isinstance(self._slots.runner, BranchingRunner)
-        tail = [TailToken(x.token, x.position, x.row, x.parent_row) for x in step.tail]
-        tree = TreeRow(row, tail, step.keep, step.keep_start, num_ranked)
+        tokens = [TailToken(x.token, x.position, x.row, x.parent_row) for x in tail]
+        keep_start = 0 if step is None else step.keep_start
+        tree = TreeRow(row, tokens, keep, keep_start, num_ranked)
         return self._slots.runner.forward_tree(tree)
 
     def _idle_s(self, wake_at_s: float | None) -> float:

@@ -184,6 +184,51 @@ def test_run_ahead_bounds_what_is_drafted_and_says_so() -> None:
     assert not drafter.can_step
 
 
+def drafter_in_burst(eos: tuple[int, ...] = ()) -> RequestState:
+    drafter = request_at(0, eos=eos)
+    step(drafter, [1])
+    drafter.role.batch = 3
+    assert drafter.begin_step(16).num_more == 2
+    return drafter
+
+
+def test_a_burst_draws_on_from_its_own_draws() -> None:
+    drafter = drafter_in_burst()
+    sent = messages(drafter.end_step([(2,), (3,), (4,)], 0.0, 3.0), Link.DOWN)
+    assert sent == [Draft(1, hash_tokens((*PROMPT, 1)), 4, (2, 3, 4), True)]
+    assert own(drafter) == [1, 2, 3, 4]
+    assert drafter.kv_valid == len(drafter.seq) - 1, "the last draw has not been fed"
+    assert drafter.counts.query_lengths == [1, 1, 1, 1]
+    assert drafter.counts.step_times_s == [1.0] * 4
+    assert sum(drafter.counts.offered) == 0, "a draft's own draws are nobody's candidates"
+
+
+def test_a_burst_may_end_early() -> None:
+    drafter = drafter_in_burst()
+    assert drafter.end_step([(2,)], 0.0, 1.0) == [], "less than a batch"
+    assert own(drafter) == [1, 2]
+    assert drafter.begin_step(16).ids == (2,)
+
+
+def test_a_verdict_cuts_a_burst_off_and_what_was_drawn_before_it_stays_in_the_cache() -> None:
+    drafter = drafter_in_burst()
+    drafter.on_verdict(Verdict(1, 1, 3, (1,), False))
+    assert drafter.is_untouched, "it only confirms"
+    drafter.on_verdict(Verdict(1, 2, 4, (2, 5), False))
+    assert not drafter.is_untouched
+    drafter.end_step([(2,), (3,)], 0.0, 2.0)
+    assert own(drafter) == [1, 2, 5]
+    assert drafter.kv_valid == 5, "2 was fed on what the text still is"
+    assert drafter.counts.num_discarded_steps == 2
+
+
+def test_a_burst_ends_with_the_text() -> None:
+    drafter = drafter_in_burst(eos=(0,))
+    drafter.end_step([(2,), (0,), (4,)], 0.0, 3.0)
+    assert own(drafter) == [1, 2, 0]
+    assert not drafter.can_step
+
+
 def test_a_draft_pauses_at_an_end_of_text_until_a_verdict_contradicts() -> None:
     drafter = request_at(0, eos=(0,))
     step(drafter, [0])

@@ -279,6 +279,22 @@ def test_a_verdict_that_overtakes_a_forward_keeps_its_dead_drafts_from_being_sen
     ]
 
 
+def test_a_verdict_ends_a_burst() -> None:
+    text = text_of_the_target(3)
+    wrong = (text[2] + 1) % 99
+    world = World(0, 2)
+    loop, runner = make_stage(world, index=0, step_s=1e-4, schedule=Schedule())
+    world.tell(0.0, Link.DOWN, submit())
+    world.tell(3.5e-4, Link.DOWN, Verdict(1, 1, len(PROMPT), (*text[:2], wrong), False))
+    world.tell(3.9e-4, Link.LAUNCHER, Shutdown())
+    loop.run()
+    starts = [(round(start_s * 1e4), row.start) for start_s, row in runner.steps]
+    # The prompt, one token to learn the time of a step, two of a burst of four; what follows
+    # was fed after the verdict.
+    assert starts[:4] == [(0, 0), (1, 4), (2, 5), (3, 6)]
+    assert starts[4][1] <= 6
+
+
 def test_a_launcher_that_reads_nothing_for_long_loses_no_output() -> None:
     world = World(1, 2, high_water=4)
     loop, _ = make_stage(world, step_s=0.01, schedule=Schedule("pipespec", lookahead=0))

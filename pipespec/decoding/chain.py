@@ -105,8 +105,11 @@ class ChainSpeculativeDecoder:
 
     def _step_once(self) -> None:
         """One forward of the stage nearest to the target that can do one."""
+        now_s = time.perf_counter()
         for index in reversed(range(len(self._states))):
-            step = self._states[index].decide(time.perf_counter()).step
+            if index == 0:  # no more than the next stage waits for
+                self._states[0].role.batch = max(1, self._states[1].num_missing(now_s))
+            step = self._states[index].decide(now_s).step
             if step is not None:
                 self._forward(index, step)
                 return
@@ -117,7 +120,11 @@ class ChainSpeculativeDecoder:
         sampling = state.requests[step.request].submit.sampling
         row = Row(0, step.start, step.ids, step.num_draws, sampling)
         start_s = time.perf_counter()
-        draws = [(token,) for token in self._runners[index].forward([row])[0]]
+        runner = self._runners[index]
+        draws = [(token,) for token in runner.forward([row])[0]]
+        for _ in range(step.num_more):
+            row = row.after(draws[-1][0])
+            draws += [(token,) for token in runner.forward([row])[0]]
         end_s = time.perf_counter()
         self._post(index, state.end_step(draws, start_s, end_s))
 

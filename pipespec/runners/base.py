@@ -31,6 +31,10 @@ class Row:
     num_draws: int
     sampling: SamplingParams
 
+    def after(self, token: int) -> Row:
+        """The row that feeds the last draw of this one."""
+        return Row(self.slot, self.start + len(self.ids), (token,), 1, self.sampling)
+
 
 @dataclass(frozen=True, slots=True)
 class TailToken:

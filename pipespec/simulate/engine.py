@@ -268,8 +268,17 @@ class Simulation:
             checks.check_step(request, step, cache)
         process.draws = self._draws(process.oracle, request, step, cache)
         process.step_start_s = self._now_s
-        num_fed = len(step.ids) + len(step.tail)
-        step_s = self._random_s(self.stages[index].step_s(num_fed))
+        model_s = self.stages[index].step_s
+        step_s = model_s(len(step.ids) + len(step.tail))
+        # What arrives may end a burst early.
+        num_more = self._rng.randint(0, step.num_more) if self._jitter else step.num_more
+        num_more = step.num_more
+        if num_more and self._jitter:
+            num_more = self._rng.randint(0, num_more)
+        for _ in range(num_more):
+            process.draws.append(self._draw_on(process, request, step, cache))
+            step_s += model_s(1)
+        step_s = self._random_s(step_s)
         self._at(step_s, lambda: self._finish_step(index, process))
 
     def _draws(
@@ -284,6 +293,15 @@ class Simulation:
         count = 1 + request.role.outcomes.num_ranked
         first = len(hashes) - step.num_draws - len(step.tail)
         return [tuple(oracle.ranked(prefix_hash, count)) for prefix_hash in hashes[first:]]
+
+    def _draw_on(
+        self, process: _Process, request: RequestState, step: Step, cache: Cache
+    ) -> Ranked:
+        """After the last draw of a burst, the next."""
+        row = step.end + len(process.draws) - 1
+        prefix_hash = cache.feed(row, process.draws[-1][0], row - 1)
+        count = 1 + request.role.outcomes.num_ranked
+        return tuple(process.oracle.ranked(prefix_hash, count))
 
     def _finish_step(self, index: int, process: _Process) -> None:
         if self._processes[index] is not process or not process.is_up:

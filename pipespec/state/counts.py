@@ -47,9 +47,12 @@ class Counts:
     ) -> None:
         """One forward: of the candidates offered, `accepted` matched, and the stage's own
         sequence grew by `emitted` (0 if a verdict had overtaken the step)."""
-        seconds = end_s - start_s
-        self.forward_s += seconds
+        self.forward_s += end_s - start_s
         self.num_drafted += emitted
+        if step.num_more:
+            self._log_burst(step, emitted, start_s, end_s)
+            return
+        seconds = end_s - start_s
         if step.is_prefill:
             self.prefill_s += seconds
             self.num_prefill_tokens += len(step.ids)
@@ -61,6 +64,18 @@ class Counts:
         self.offered.append(step.num_candidates + len(step.twigs))
         self.accepted.append(accepted)
         self.emitted.append(emitted)
+
+    def _log_burst(self, step: Step, emitted: int, start_s: float, end_s: float) -> None:
+        """So many forwards, each but the first over one token."""
+        count = 1 + step.num_more
+        seconds = (end_s - start_s) / count
+        self.num_steps += count
+        self.step_starts_s += [start_s + index * seconds for index in range(count)]
+        self.step_times_s += [seconds] * count
+        self.query_lengths += [step.base_index, *[1] * (count - 1)]
+        self.offered += [0] * count
+        self.accepted += [0] * count
+        self.emitted += [int(index < emitted) for index in range(count)]
 
     def to_values(self) -> dict[str, Any]:
         """The wire form: the field names and plain values."""

@@ -110,6 +110,11 @@ class RequestState:
         return len(self.seq) > self.prompt_len and self.seq[-1] in self.eos
 
     @property
+    def is_untouched(self) -> bool:
+        """No verdict has changed own tokens since the step in flight began."""
+        return self.intact == len(self.seq) and self.adopted is None
+
+    @property
     def can_step(self) -> bool:
         """Own tokens may follow."""
         return self.step is None and self.room > 0 and not self.is_ended
@@ -207,9 +212,11 @@ class RequestState:
             twigs = [extra for extra in extras if isinstance(extra, Twig)]
         tail, twigs, branches = place_feeds(self, twigs, branches if ids else cached)
         keep, self.keep = self.keep, ()
+        is_burst = self.role.is_first and ids and not tail and not self.is_prefill
         self.step = Step(
             self.request, start, ids, num_candidates, self.is_prefill, tuple(tail), tuple(twigs),
             tuple(branches), keep, self.keep_start,
+            num_more=min(self.role.batch, self.room) - 1 if is_burst else 0,
         )  # fmt: skip
         self.intact = len(self.seq)
         self.waiting_until = None
@@ -219,7 +226,10 @@ class RequestState:
         """The forward is done. `draws[j]`: tokens by rank for position `step.base + j`, the choice
         first; then for the position after each of `step.tail`."""
         step = self.step
-        assert step is not None and len(draws) == step.num_draws + len(step.tail)
+        assert step is not None
+        if step.num_more:
+            step = step.drawn(draws)
+        assert len(draws) == step.num_draws + len(step.tail)
         self.step, self.num_main_accepted = None, 0
         self.rows.free(feed.row for feed, _ in zip(step.tail, step.twigs))
         for branch, ranked in zip(step.branches, draws[step.num_draws + len(step.twigs) :]):
@@ -234,7 +244,7 @@ class RequestState:
             valid = step.base + _common_length(self.seq, step.base, fed)
         self.kv_valid = valid
         if valid < len(self.seq):
-            self.counts.num_discarded_steps += 1
+            self.counts.num_discarded_steps += 1 + step.num_more
             self.counts.log_step(step, 0, 0, start_s, end_s)
             return []
         return self._take(step, draws, start_s, end_s)
@@ -358,7 +368,7 @@ class RequestState:
                 self._push(branch.tokens[-1])
                 self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
                 num_emitted = 1
-        self.counts.num_discarded_steps += bool(step.ids)
+        self.counts.num_discarded_steps += bool(step.ids) + step.num_more
         self.counts.log_step(step, 0, num_emitted, start_s, end_s)
         told = self._send_up(len(self.seq) - num_emitted) if num_emitted else []
         return told + self.flush(is_urgent=True)

@@ -129,12 +129,25 @@ class StageState:
                 num_emitted=len(request.seq) - length,
                 num_left=len(request.cands.main),
                 is_prefill=step.is_prefill,
-                seconds=end_s - start_s,
+                seconds=(end_s - start_s) / (len(draws) if step.num_more else 1),
                 end_s=end_s,
             )
         )
         self.role.batch = self.policy.batch if self.role.is_first else 1
         return self.wrap(outgoing)
+
+    def goes_on(self, step: Step) -> bool:
+        """Whether it is of use to draw on in `step`, which is in flight."""
+        request = self.requests.get(step.request)
+        return request is not None and request.step is step and request.is_untouched
+
+    def num_missing(self, now_s: float) -> int:
+        """Candidates without which the oldest request does not step."""
+        request = next(iter(self.requests.values()), None)
+        if request is None or self._ready_at(request, now_s) == now_s:
+            return 0
+        wanted, _ = self.policy.wait(self._situation(request, now_s))
+        return wanted - len(request.cands.main)
 
     def add_wait(self, seconds: float) -> None:
         """The stage had nothing to do for so long although requests were in flight."""
@@ -257,16 +270,19 @@ class StageState:
         a message arrives)."""
         if self.role.is_first or request.is_prefill or request.drafter_stopped:
             return now_s
-        useful = min(request.room, request.remaining) - 1
-        situation = Situation(len(request.cands.main), useful, now_s)
+        situation = self._situation(request, now_s)
         wanted, patience_s = self.policy.wait(situation)
-        if len(request.cands.main) >= min(wanted, useful):
+        if situation.num_candidates >= min(wanted, situation.num_useful):
             return now_s
         if patience_s is None:
             return None
         if request.waiting_until is None:
             request.waiting_until = now_s + patience_s
         return request.waiting_until
+
+    def _situation(self, request: RequestState, now_s: float) -> Situation:
+        num_useful = min(request.room, request.remaining) - 1
+        return Situation(len(request.cands.main), num_useful, now_s)
 
     def _finish_check(self, submit: Submit) -> FinishCheck:
         if self.role.is_last:

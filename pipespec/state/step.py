@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pipespec.config import Schedule
 from pipespec.state.candidates import Twig
-from pipespec.state.outcomes import Branch, Budget
+from pipespec.state.outcomes import Branch, Budget, Ranked
 from pipespec.state.tail import Feed
 
 
@@ -69,7 +70,9 @@ class Step:
 
     tail: tokens to feed as well, with a draw after each: candidates beside the main path (`twigs`),
     then the next token of each of `branches`. keep: before that, cache rows to copy to `keep_start`
-    and after: what was fed as a tail and became the own sequence.
+    and after: what was fed as a tail and became the own sequence. num_more: draws to feed and to
+    draw on from, one forward each, as far as there is time; they are the last of the candidates
+    once the step is done.
     """
 
     request: int
@@ -82,6 +85,12 @@ class Step:
     branches: tuple[Branch, ...] = ()
     keep: tuple[int, ...] = ()
     keep_start: int = 0
+    num_more: int = 0
+
+    def drawn(self, draws: Sequence[Ranked]) -> Step:
+        """As if a forward had verified the draws that were fed: that is what they amount to."""
+        fed = tuple(ranked[0] for ranked in draws[:-1])
+        return replace(self, ids=self.ids + fed, num_candidates=len(fed), num_more=len(fed))
 
     @property
     def num_draws(self) -> int:
