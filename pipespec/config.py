@@ -96,7 +96,7 @@ class Schedule:
 
     policy: str = "adaptive"
     lookahead: int | None = None
-    run_ahead: int = 16
+    run_ahead: int = 64
     outcomes: int = 0
     tree: int = 0
 

@@ -17,6 +17,8 @@ from typing import Protocol
 from pipespec.config import Schedule
 
 SEND_COST_S = 20e-6  # one socket call; measured on Linux, ipc
+FIRST_MOST = 16  # candidates to verify at once; more only after so many have been tried
+_COUNTS = (*range(9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, *(16 * n for n in range(5, 257)))
 MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
 
@@ -134,6 +136,11 @@ class StepTimes:
         else:
             self._mean_s[query_length] = mean_s + self._weight * (seconds - mean_s)
 
+    @property
+    def longest(self) -> int:
+        """The longest query seen."""
+        return self._lengths[-1] if self._lengths else 0
+
     def estimate(self, query_length: int) -> float | None:
         """Seconds; None before the first observation."""
         if not self._lengths:
@@ -207,7 +214,7 @@ class AdaptiveWait:
         self._timed_until_s = 0.0
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
-        self._most = max_candidates
+        self._most = min(FIRST_MOST, max_candidates)
         self.batch = 1
 
     @property
@@ -259,11 +266,15 @@ class AdaptiveWait:
         if result.num_offered and result.num_emitted:
             self._observe_acceptance(result)
         self._num_steps += 1
-        if self._num_steps % 4 == 0 and self._max_candidates:
+        is_due = self._num_steps % (4 if self._num_steps < 64 else 16) == 0
+        if is_due and self._max_candidates:
             # A chain that verifies none never drafts, and would never learn that it should.
             least = 0 if self._overlaps else 1
-            self._most = max(range(1, self._max_candidates + 1), key=self._step_rate)
-            self._wanted = max(range(least, self._most + 1), key=self._cycle_rate)
+            most = min(self._max_candidates, max(FIRST_MOST, 2 * self._steps.longest))
+            counts = [count for count in _COUNTS if count < most] + [most]
+            self._most = max(counts[1:], key=self._step_rate)
+            fewer = [count for count in counts if least <= count <= self._most]
+            self._wanted = max(fewer, key=self._cycle_rate)
 
     def _step_rate(self, num_candidates: int) -> float:
         """Tokens per second of a step that verifies so many candidates."""

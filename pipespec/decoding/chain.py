@@ -19,7 +19,7 @@ from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.decoding.local import close_all, load_runners, pinned
 from pipespec.errors import UsageError
 from pipespec.messages import LAUNCHER, Abort, Finish, Frame, Link, Message, Output, Stats, Submit
-from pipespec.policy import make_policy
+from pipespec.policy import FIRST_MOST, make_policy
 from pipespec.runners.base import Row
 from pipespec.state import Role, StageState, Step
 
@@ -47,7 +47,7 @@ class ChainSpeculativeDecoder:
         self._placement = hierarchy.in_process(num_stages - 1)
         with pinned(self._placement):
             self._runners = load_runners(hierarchy)
-        ahead = schedule.lookahead or schedule.run_ahead
+        ahead = schedule.lookahead or min(schedule.run_ahead, FIRST_MOST)
         self._states = [
             StageState(
                 Role(i, num_stages, ahead, ahead, context_length=runner.info.context_length),

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from pipespec.config import SamplingParams
+
+TAIL_ROWS: Final = 384  # of a slot beyond its context, for branches; a few MB with a large model
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from pipespec.runners.architecture import read_architecture
-from pipespec.runners.base import Row, RunnerInfo, TreeRow
+from pipespec.runners.base import TAIL_ROWS, Row, RunnerInfo, TreeRow
 from pipespec.runners.drawing import draw_rows, rank_tree
 from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
-
-TAIL_ROWS = 192  # of each slot, beyond its context, for branches
 
 
 class _Slot:

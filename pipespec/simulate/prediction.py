@@ -15,7 +15,7 @@ from pipespec.emulation import Emulation, parse_emulation
 from pipespec.errors import ConfigError
 from pipespec.messages import Submit
 from pipespec.metrics import StageCounts
-from pipespec.policy import make_policy
+from pipespec.policy import FIRST_MOST, make_policy
 from pipespec.simulate.engine import Simulation
 from pipespec.simulate.setup import SimStage
 from pipespec.state.step import Role
@@ -112,7 +112,7 @@ def _stage(
     """As `stage.StageLoop` and `decoding.chain` set them up."""
     ahead = schedule.run_ahead
     if is_chain:
-        ahead = schedule.lookahead or ahead
+        ahead = schedule.lookahead or min(ahead, FIRST_MOST)
 
     return SimStage(
         role=lambda: Role(index, num_stages, ahead, ahead),

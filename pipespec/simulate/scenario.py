@@ -39,6 +39,7 @@ class Scenario:
     short_context: bool
     outcomes: tuple[Budget, ...]
     twigs: tuple[int, ...]
+    least_ahead: int
     max_new_tokens: tuple[int, ...]
     eos: int | None
 
@@ -66,6 +67,7 @@ class Scenario:
             eos=rng.choice([None, None, VOCAB_SIZE - 1]),
             outcomes=tuple(_budget(rng) for _ in range(num_stages - 1)),
             twigs=(0, *(rng.choice([0, rng.randint(1, 6)]) for _ in range(num_stages - 1))),
+            least_ahead=rng.choice([1 << 30, rng.randint(1, 4)]),
         )
 
     def submits(self) -> list[Submit]:
@@ -110,6 +112,7 @@ class Scenario:
                 (*self.outcomes, Budget())[index],
                 self.outcomes[index - 1].most_tokens(above) if index else 0,
                 self.twigs[index],
+                self.least_ahead,
             ),
             policy=policy,
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),

@@ -19,6 +19,7 @@ place of its shared counters.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,7 @@ from pipespec.state.tail import TailRows
 from pipespec.state.verification import verify
 
 MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
+LEAST_CHANCE = 0.02  # that a verdict accepts a token; one that is less likely is not drafted
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
@@ -42,7 +44,7 @@ class RequestState:
     """The state of one request at one stage. Owned by exactly one `StageState`."""
 
     __slots__ = (
-        "acked", "adopted", "candidate_stats", "cands", "check_finish", "context_is_short",
+        "acked", "adopted", "ahead", "candidate_stats", "cands", "check_finish", "context_is_short",
         "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep",
         "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent", "outcomes",
         "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
@@ -72,6 +74,7 @@ class RequestState:
             if role.is_last:
                 self.finish_reason = check_finish(token)
         self.sent = self.acked = len(self.seq)
+        self.ahead = role.run_ahead  # tokens beyond `acked` that are worth drafting
         self.num_verdicts_sent = 0
         self.verdict_seen = 0
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
@@ -100,7 +103,7 @@ class RequestState:
         """Tokens this stage may still add before it must hear a verdict."""
         if self.role.is_last:
             return self.remaining
-        return min(self.role.run_ahead - (len(self.seq) - self.acked), self.remaining)
+        return min(self.ahead - (len(self.seq) - self.acked), self.remaining)
 
     @property
     def is_ended(self) -> bool:
@@ -167,6 +170,7 @@ class RequestState:
         end = start + len(tokens)
         same = _common_length(self.seq, start, tokens)
         first_new, rest = start + same, tokens[same:]
+        ahead = self.ahead
         self._observe(same, first_new, rest)
         self.acked = end
         outgoing: list[Outgoing] = []
@@ -186,7 +190,7 @@ class RequestState:
         else:
             self.sent = max(self.sent, end)
         self.outcomes.forget_before(end, was_lost=verdict.full)
-        return outgoing + self.flush(is_answer=is_hit)
+        return outgoing + self.flush(is_answer=is_hit or self.ahead < ahead)
 
     def num_usable(self, most: int) -> int:
         """Candidates that the next forward verifies, if it verifies at most `most`."""
@@ -335,7 +339,10 @@ class RequestState:
         is_corrected = bool(rest) and first_new < len(self.seq)
         self.counts.num_corrections += is_corrected
         rank = self.outcomes.rank(first_new, rest[0]) if is_corrected else None
-        self.outcomes.stats.observe(num_same, rank, corrected=is_corrected)
+        stats = self.outcomes.stats
+        stats.observe(num_same, rank, corrected=is_corrected)
+        likely = math.log(LEAST_CHANCE) / math.log(min(stats.agreement, 0.999))
+        self.ahead = min(self.role.run_ahead, max(self.role.least_ahead, int(likely)))
 
     def _adopt(self, branch: Branch, num_known: int) -> None:
         """A prepared verdict came and brought `num_known` of the branch's tokens: go on with the

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from pipespec.config import Schedule
 from pipespec.state.candidates import Twig
 from pipespec.state.outcomes import Branch, Budget, Ranked
 from pipespec.state.tail import Feed
+
+LEAST_AHEAD: Final = 4  # tokens that the next stage may wait for
 
 
 @dataclass(slots=True)
@@ -18,10 +21,12 @@ class Role:
     run_ahead: tokens it may be ahead of the last verdict (the last stage has no such bound).
     max_candidates: the most that the stage before it may be ahead. batch: tokens that a first draft
     collects before it sends them. A policy may change the bounds between two transitions.
-    context_length: positions that the stage's own model can hold; a draft whose context is full
-    stops drafting, the target's was checked before the request was submitted. outcomes: what it may
-    spend on verdicts that may come. max_branch_tokens: the most that the stage before it may
-    prepare for its verdicts. max_twigs: candidates that it may verify beside the main path.
+    least_ahead: so many however unlikely it is that the verdict will accept them; more only while
+    it is likely enough. context_length: positions that the stage's own model can hold; a draft
+    whose context is full stops drafting, the target's was checked before the request was submitted.
+    outcomes: what it may spend on verdicts that may come. max_branch_tokens: the most that the
+    stage before it may prepare for its verdicts. max_twigs: candidates that it may verify beside
+    the main path.
     """
 
     index: int
@@ -33,6 +38,7 @@ class Role:
     outcomes: Budget = Budget()
     max_branch_tokens: int = 0
     max_twigs: int = 0
+    least_ahead: int = 1 << 30
 
     @classmethod
     def of(
@@ -43,6 +49,8 @@ class Role:
         ahead, budget = schedule.run_ahead, Budget(schedule.outcomes)
         # Rows in use may lie apart, and the own text comes before them.
         can_branch = tail_rows > ahead + budget.length + 2 * (budget.num_rows + schedule.tree)
+        is_bounded = schedule.policy == "pipespec"
+        least = ahead if is_bounded else max(LEAST_AHEAD, schedule.lookahead or 0)
         return cls(
             index,
             num_stages,
@@ -52,6 +60,7 @@ class Role:
             outcomes=budget if can_branch and index < num_stages - 1 else Budget(),
             max_branch_tokens=budget.most_tokens(ahead) if index > 0 else 0,
             max_twigs=schedule.tree if can_branch and index > 0 else 0,
+            least_ahead=least,
         )
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import Architecture, UnsupportedCheckpoint, read_architecture
-from pipespec.runners.base import Row, RunnerInfo, TailToken, TreeRow
+from pipespec.runners.base import TAIL_ROWS, Row, RunnerInfo, TailToken, TreeRow
 from pipespec.runners.drawing import draw_rows, rank_tree
 from pipespec.runners.llama_model import rotations
 from pipespec.runners.native import library
@@ -27,7 +27,6 @@ from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
 from pipespec.runners.rows import check_row, check_tree, chunks
 
-TAIL_ROWS: Final = 128  # of each slot, beyond its context, for branches
 _MAX_HEAD_DIM: Final = 512  # step.cpp
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
