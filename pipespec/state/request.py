@@ -74,7 +74,6 @@ class RequestState:
             if role.is_last:
                 self.finish_reason = check_finish(token)
         self.sent = self.acked = len(self.seq)
-        self.ahead = role.run_ahead  # tokens beyond `acked` that are worth drafting
         self.num_verdicts_sent = 0
         self.verdict_seen = 0
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
@@ -84,6 +83,7 @@ class RequestState:
         num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
         self.rows = TailRows(num_rows + role.max_twigs)
         self.outcomes = Outcomes(role.outcomes, self.rows, role.run_ahead, self.limit, self.eos)
+        self.ahead = self._worth_drafting()  # tokens beyond `acked`
         self.candidate_stats = RankStats(MAX_ALTERNATIVES)
         self.num_main_accepted = 0  # candidates of the main path, in the step that ended last
         self.adopted: Branch | None = None  # by a verdict that overtook the step in flight
@@ -339,10 +339,13 @@ class RequestState:
         is_corrected = bool(rest) and first_new < len(self.seq)
         self.counts.num_corrections += is_corrected
         rank = self.outcomes.rank(first_new, rest[0]) if is_corrected else None
-        stats = self.outcomes.stats
-        stats.observe(num_same, rank, corrected=is_corrected)
-        likely = math.log(LEAST_CHANCE) / math.log(min(stats.agreement, 0.999))
-        self.ahead = min(self.role.run_ahead, max(self.role.least_ahead, int(likely)))
+        self.outcomes.stats.observe(num_same, rank, corrected=is_corrected)
+        self.ahead = self._worth_drafting()
+
+    def _worth_drafting(self) -> int:
+        agreement = min(self.outcomes.stats.agreement, 0.999)
+        num_likely = int(math.log(LEAST_CHANCE) / math.log(agreement))
+        return min(self.role.run_ahead, max(self.role.least_ahead, num_likely))
 
     def _adopt(self, branch: Branch, num_known: int) -> None:
         """A prepared verdict came and brought `num_known` of the branch's tokens: go on with the
