@@ -102,6 +102,7 @@ class Simulation:
         self._num_events = 0
         self._num_scheduled = 0
         self._last_arrival_s: dict[tuple[int, int, int], float] = {}
+        self._entered: set[int] = set()
         self._done: set[int] = set()
         self._journal = Journal()
         self._incarnations = [1] * len(stages)
@@ -370,7 +371,7 @@ class Simulation:
         self._transmit(index, process.state.greet())
         if index == len(self.stages) - 1:
             for submit in self.submits.values():
-                if submit.request not in self._done:
+                if submit.request in self._entered - self._done:
                     committed = tuple(self._journal.entries[submit.request].tokens)
                     self._to_target(replace(submit, committed=committed))
         self._act(index)
@@ -378,7 +379,11 @@ class Simulation:
     # -- events as closures (a loop variable must be bound when the event is made) ---------------
 
     def _submitter(self, submit: Submit) -> Callable[[], None]:
-        return lambda: self._to_target(submit)
+        def enter() -> None:
+            self._entered.add(submit.request)
+            self._to_target(submit)
+
+        return enter
 
     def _crasher(self, index: int) -> Callable[[], None]:
         return lambda: self._crash(index)
