@@ -129,7 +129,6 @@ def _budget(rng: random.Random) -> Budget:
         rng.randint(1, 4),
         rng.randint(1, 4),
         rng.randint(2, 12),
-        rng.randint(1, 4),
     )
 
 

@@ -64,7 +64,8 @@ def place_feeds(
 
 def branch_draft(request: RequestState) -> list[tuple[Link, Message]]:
     """Prepared continuations that the next stage does not have yet, as one tree."""
-    branches = request.outcomes.unsent(request.sent)
+    batch = 2 * request.role.batch - 1  # a slow drafter sends each token at once
+    branches = request.outcomes.unsent(request.sent, batch)
     if not branches:
         return []
     end = max(branch.position for branch in branches)

@@ -24,14 +24,12 @@ Ranked = tuple[int, ...]  # token ids, best first
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How much a stage may spend. num_ranked: alternatives a position. length: tokens that a
-    branch continues for. num_feeds: most branch tokens in one forward. num_rows: of the cache.
-    batch: branch tokens that are worth a message."""
+    branch continues for. num_feeds: most branch tokens in one forward. num_rows: of the cache."""
 
     num_ranked: int = 0
-    length: int = 4
-    num_feeds: int = 8
-    num_rows: int = 64
-    batch: int = 8
+    length: int = 8
+    num_feeds: int = 16
+    num_rows: int = 128
 
     def most_tokens(self, run_ahead: int) -> int:
         """That the next stage may have to hold: each case at each position that may be unverified,
@@ -154,10 +152,11 @@ class Outcomes:
             for branch in self.branches.values():
                 branch.num_sent = 0
 
-    def unsent(self, sent: int) -> list[Branch]:
+    def unsent(self, sent: int, batch: int) -> list[Branch]:
         """Branches with tokens that the next stage has not got, once they are worth a message.
 
         sent: own tokens before it have been sent; the case that one is wrong comes after it.
+        batch: so many tokens are worth a message.
         """
         found = [
             branch
@@ -166,7 +165,7 @@ class Outcomes:
         ]
         num_tokens = sum(len(branch.tokens) - branch.num_sent for branch in found)
         may_grow = any(map(self._goes_on, self.branches.values()))
-        return found if num_tokens >= self.budget.batch or not may_grow else []
+        return found if num_tokens >= batch or not may_grow else []
 
     def adopt(self, branch: Branch) -> None:
         """The branch's case occurred; the own sequence now holds its tokens."""

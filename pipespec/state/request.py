@@ -34,7 +34,7 @@ from pipespec.state.tail import TailRows
 from pipespec.state.verification import verify
 
 MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
-LEAST_CHANCE = 0.001  # that a verdict accepts a token; one that is less likely is not drafted
+LEAST_CHANCE = 0.0001  # that a verdict accepts a token; one that is less likely is not drafted
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
