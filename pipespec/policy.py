@@ -237,10 +237,10 @@ class AdaptiveWait:
     def feed(self, offer: Offer) -> tuple[bool, int]:
         """What brings most tokens per second: a long forward must be worth its time, and nobody
         must be kept waiting by it."""
-        if offer.next_may_wait and offer.own_length and offer.own_is_optional:
-            return True, 0
         if self._steps.estimate(1) is None:
             return offer.own_length > 0, len(offer.extra_values)
+        if offer.next_may_wait and offer.own_length and offer.own_is_optional:
+            return True, self._num_free(offer.own_length, len(offer.extra_values))
         sums = list(accumulate(offer.extra_values, initial=0.0))
         rates: dict[tuple[bool, int], float] = {}
         for count, value in enumerate(sums):
@@ -250,6 +250,14 @@ class AdaptiveWait:
             if count and (offer.own_is_optional or not offer.own_length):
                 rates[False, count] = value / (self._steps.estimate(count) or 1.0)
         return max(rates, key=rates.__getitem__)
+
+    def _num_free(self, length: int, most: int) -> int:
+        """How many tokens more, at most `most`, make a forward no longer."""
+        own_s = self._steps.estimate(length) or 1.0
+        count = most
+        while count and (self._steps.estimate(length + count) or 1.0) > 1.03 * own_s:
+            count //= 2
+        return count
 
     def _draft_s(self) -> float:
         if self._num_drafted:

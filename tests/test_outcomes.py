@@ -14,16 +14,21 @@ from pipespec.state.request import Outgoing
 from pipespec.state.step import Step
 
 PROMPT = (7, 7, 7)
-BUDGET = Budget(num_ranked=2, length=3, num_feeds=2, num_rows=8, batch=99)
+BUDGET = Budget(num_ranked=2, length=3, num_feeds=2, num_rows=8)
 
 
 def drafter(
-    budget: Budget = BUDGET, *, run_ahead: int = 4, max_new_tokens: int = 50, eos: int | None = None
+    budget: Budget = BUDGET,
+    *,
+    run_ahead: int = 4,
+    max_new_tokens: int = 50,
+    eos: int | None = None,
+    batch: int = 1,
 ) -> RequestState:
     """Stage 0 of two, after its prefill drew 1 (ranked below: 2, 3)."""
     eos_ids = () if eos is None else (eos,)
     submit = Submit(1, PROMPT, (), SamplingParams(), max_new_tokens, eos_ids, ())
-    role = Role(0, 2, run_ahead, 0, outcomes=budget)
+    role = Role(0, 2, run_ahead, 0, batch, outcomes=budget)
     state = RequestState(submit, role, lambda _token: "")
     begin(state)
     state.end_step([(1, 2, 3)], 0.0, 1.0)
@@ -101,7 +106,7 @@ def test_a_verdict_may_know_more_of_a_case_than_was_prepared() -> None:
 
 
 def test_the_likelier_case_is_continued_first_until_its_length() -> None:
-    state = drafter(Budget(1, 2, 1, 8, 99), run_ahead=2)
+    state = drafter(Budget(1, 2, 1, 8), run_ahead=2)
     assert [x.token for x in step(state, (4, 5), (8, 0)).tail] == [2]
     assert not state.can_step, "from here on there is time for branches only"
     assert [x.token for x in step(state, (), (9, 0)).tail] == [8]
@@ -133,7 +138,7 @@ def test_a_rollback_before_the_copy_cuts_what_is_copied() -> None:
 
 
 def test_a_branch_ends_at_an_end_of_text() -> None:
-    state = drafter(Budget(1, 3, 1, 8, 99), run_ahead=1, eos=0)
+    state = drafter(Budget(1, 3, 1, 8), run_ahead=1, eos=0)
     step(state, (), (0, 5))
     assert not state.can_prepare
     verdict(state, 3, 2)
@@ -142,10 +147,10 @@ def test_a_branch_ends_at_an_end_of_text() -> None:
 
 
 def test_branches_are_sent_as_a_tree_once_none_of_them_goes_on() -> None:
-    state = drafter(Budget(1, 2, 1, 8, 99), run_ahead=2)
+    state = drafter(Budget(1, 2, 1, 8), run_ahead=2, batch=50)
     begin(state)
     ((_, text),) = state.end_step([(4, 5), (8, 0)], 0.0, 1.0)
-    assert text == Draft(1, hash_tokens((*PROMPT, 1)), 4, (4,), True)
+    assert text == Draft(1, hash_tokens(PROMPT), 3, (1, 4), True)
     begin(state)
     ((link, first),) = state.end_step([(9, 0)], 0.0, 1.0)
     assert link is Link.DOWN
@@ -158,7 +163,7 @@ def test_branches_are_sent_as_a_tree_once_none_of_them_goes_on() -> None:
 
 
 def test_what_the_next_stage_has_as_a_branch_is_not_sent_again() -> None:
-    state = drafter(Budget(1, 2, 1, 8, 3), run_ahead=4)
+    state = drafter(Budget(1, 2, 1, 8), run_ahead=4, batch=2)
     step(state, (4, 0), (8, 0))
     step(state, (5, 0), (9, 0))
     sent = [m for _, m in verdict(state, 3, 2) if isinstance(m, Draft)]
@@ -169,16 +174,16 @@ def test_what_the_next_stage_has_as_a_branch_is_not_sent_again() -> None:
 
 def test_a_drafter_that_cannot_go_on_after_a_hit_says_so() -> None:
     """The next stage has the branch without that word, and may wait for more."""
-    state = drafter(Budget(1, 2, 1, 8, 2), run_ahead=1, max_new_tokens=2)
+    state = drafter(Budget(1, 2, 1, 8), run_ahead=1, max_new_tokens=2)
     step(state, (), (8, 0))
     sent = [m for _, m in verdict(state, 3, 2) if isinstance(m, Draft)]
     assert [(m.tokens, m.last) for m in sent] == [((), True)]
 
 
 def test_a_stage_that_lost_its_candidates_gets_the_branches_again() -> None:
-    state = drafter(Budget(1, 1, 1, 8, 2), run_ahead=1)
+    state = drafter(Budget(1, 1, 1, 8), run_ahead=1)
     step(state, (), (8, 0))
-    assert state.outcomes.unsent(state.sent) == []
+    assert state.outcomes.unsent(state.sent, 1) == []
     outgoing = state.on_verdict(Verdict(1, state.verdict_seen + 1, 3, (), True))
     tokens = [m.tokens for _, m in outgoing if isinstance(m, Draft)]
     assert tokens == [(1,), (2, 8)]

@@ -119,9 +119,10 @@ def test_a_stage_that_may_add_no_own_tokens_feeds_outcomes_alone() -> None:
     assert steps_of(1.0, 2.0).feed(offer) == (False, 1)
 
 
-def test_nothing_is_fed_beside_the_draft_that_somebody_waits_for() -> None:
+def test_only_what_costs_no_time_is_fed_beside_the_draft_that_somebody_waits_for() -> None:
     offer = Offer(1, 0.5, (0.9,), own_is_optional=True, next_may_wait=True)
-    assert steps_of(1.0, 1.0).feed(offer) == (True, 0)
+    assert steps_of(1.0, 1.1).feed(offer) == (True, 0)
+    assert steps_of(1.0, 1.0).feed(offer) == (True, 1)
 
 
 def test_all_is_fed_before_anything_is_known() -> None:
