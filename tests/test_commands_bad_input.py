@@ -18,7 +18,7 @@ from pipespec import benchmark, run_example
 from pipespec.commands.arguments import Parser
 from pipespec.errors import UsageError
 
-TARGET = "pipespec:demo/target-5M"
+TARGET = "pipespec:demo/target-12M"
 Main = Callable[[list[str]], int]
 
 
@@ -113,7 +113,7 @@ def test_a_prompt_longer_than_the_context_says_both_lengths(
     data = tmp_path / "prompts.jsonl"
     data.write_text(json.dumps({"prompt": "word " * 3000}))
     line = one_line(capsys, ["--dataset", str(data)])
-    assert "target-5M's context; shorten it" in line
+    assert "target-12M's context; shorten it" in line
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_prompt_longer_than_the_context_says_both_lengths(
         ({"dtype": "float8"}, '"dtype" is "float8"'),
         ({"device": "cpu"}, 'unknown key "device" (did you mean "devices"?)'),
         ({"runner": "fast"}, '"runner" is "fast"'),
-        ({"path": "pipespec:demo/target-5G"}, "did you mean pipespec:demo/target-5M"),
+        ({"path": "pipespec:demo/target-12G"}, "did you mean pipespec:demo/target-12M"),
         ({"path": "./nowhere"}, "./nowhere: there is no such folder"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -36,6 +36,7 @@ from pipespec.errors import UsageError
 from viz.training_curves import read_curves
 
 FOREVER = float("inf")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def micro_plan() -> FamilyPlan:
@@ -333,15 +334,29 @@ def test_progress_in_a_log_file_is_plain_lines(capsys: pytest.CaptureFixture[str
     assert [line.strip().partition(" s  ")[2] for line in lines] == ["target: 0/3", "target: 3/3"]
 
 
-def test_the_shipped_models_share_vocabulary_and_context() -> None:
-    folders = shipped_models()
-    assert len(folders) == 3
-    configs = [json.loads((f / "config.json").read_text("utf-8")) for f in folders.values()]
+def test_the_shipped_models_are_those_of_the_plan() -> None:
+    folders = {folder.name: folder for folder in shipped_models().values()}
+    plan = FamilyPlan()
+    assert list(folders) == sorted(model.shape.name for model in plan.models)
     tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in folders.values()}
     assert len(tokenizers) == 1
-    for config in configs:
-        assert config["vocab_size"] == FamilyPlan().vocab_size
-        assert config["max_position_embeddings"] == FamilyPlan().max_positions
+    for shape in (model.shape for model in plan.models):
+        config = json.loads((folders[shape.name] / "config.json").read_text("utf-8"))
+        assert config["hidden_size"] == shape.hidden_size
+        assert config["num_hidden_layers"] == shape.num_layers
+        assert config["intermediate_size"] == shape.intermediate_size
+        assert config["vocab_size"] == plan.vocab_size
+        assert config["max_position_embeddings"] == plan.max_positions
+
+
+def test_the_record_of_the_shipped_models_training_is_theirs() -> None:
+    curves = read_curves(ROOT / "pipespec" / "demo" / "training.json")
+    plans = {model.shape.name: model for model in FamilyPlan().models}
+    assert sorted(curve.name for curve in curves) == sorted(plans)
+    for curve in curves:
+        plan = plans[curve.name]
+        assert curve.tokens[-1] * 1e6 <= plan.num_steps * plan.tokens_per_step
+        assert curve.losses[-1] < curve.losses[0]
 
 
 def _folder(path: Path) -> Path:

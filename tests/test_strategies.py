@@ -30,7 +30,7 @@ from pipespec.decoding import (
 )
 from pipespec.errors import DataError
 
-DRAFT, MIDDLE, TARGET = (f"pipespec:demo/{n}" for n in ("draft-0.5M", "middle-2M", "target-5M"))
+DRAFT, MIDDLE, TARGET = (f"pipespec:demo/{n}" for n in ("draft-1M", "middle-2M", "target-12M"))
 SHORT = GenerationParams(max_new_tokens=48)
 SAMPLED = [
     SamplingParams(temperature=1.0, seed=1),

@@ -144,7 +144,7 @@ DRAFT = ModelPlan(
     ModelShape("draft-1M", 160, 1, 512, 32),
     (
         Phase("text", 600, 256),
-        Phase("distillation", 7100, 256, from_target=True),
+        Phase("distillation", 12100, 256, from_target=True),
         Phase("long distillation", 300, 1024, from_target=True),
     ),
 )
