@@ -8,6 +8,7 @@ beside it or on the number of threads: it is the same to the bit, in bfloat16 to
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from ctypes import c_int32
@@ -87,14 +88,23 @@ class NativeRunner:
         self._free = [_Slot(torch.zeros(size)) for _ in range(num_slots)]
         self._slots: dict[int, _Slot] = {}
         rotation = rotations(arch.rope, arch.head_dim, length, torch.device("cpu")).squeeze(1)
-        self._rotation = (rotation.real.contiguous(), rotation.imag.contiguous())
-        self._weights = load_weights(folder, arch, _DTYPES[dtype], vocab_size)
+        weights = load_weights(folder, arch, _DTYPES[dtype], vocab_size)
         self._num_embeddings = arch.vocab_size
-        self._logits = torch.empty(0, self._weights.head.num_panels * PANEL)
+        self._logits = torch.empty(0, weights.head.num_panels * PANEL)
         self._ranked = (c_int32 * 0)()
         self._feed = library.Feed()
-        self._model = self._create(arch, num_cache_rows, vocab_size, num_threads)
-        self._destroy = weakref.finalize(self, self._library.pipespec_destroy, self._model)
+        cosines, sines = rotation.real.contiguous(), rotation.imag.contiguous()
+        self._read_in_forwards = [*weights.tensors, cosines, sines]  # the model has addresses only
+        shape = _shape(arch, weights, cosines, sines)
+        shape.vocab_size, shape.num_cache_rows = vocab_size, num_cache_rows
+        shape.num_threads, shape.is_bfloat16 = num_threads, dtype == "bfloat16"
+        self._model: int | None = self._library.pipespec_create(ctypes.byref(shape))
+        if self._model is None:
+            raise MemoryError("no memory or no thread left for the native runner")
+        self._process_id = os.getpid()
+        self._destroy = weakref.finalize(
+            self, _destroy, self._library, self._model, self._process_id
+        )
         kernel = self._library.pipespec_kernel(self._model).decode()
         self._info = RunnerInfo(
             name=name,
@@ -103,40 +113,11 @@ class NativeRunner:
             dtype=dtype,
             vocab_size=vocab_size,
             context_length=length,
-            num_parameters=self._weights.num_parameters,
-            weight_bytes=self._weights.weight_bytes,
+            num_parameters=weights.num_parameters,
+            weight_bytes=weights.weight_bytes,
             num_tail_rows=TAIL_ROWS,
             attention=f"native float32, {kernel} products",
         )
-
-    def _create(
-        self, arch: Architecture, num_cache_rows: int, vocab_size: int, num_threads: int
-    ) -> int | None:
-        weights: Weights = self._weights
-        cosines, sines = self._rotation
-        shape = library.Shape(
-            hidden=arch.hidden_size,
-            inner=arch.intermediate_size,
-            num_layers=arch.num_layers,
-            num_heads=arch.num_heads,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            vocab_size=vocab_size,
-            num_cache_rows=num_cache_rows,
-            num_threads=num_threads,
-            is_bfloat16=weights.embedding.dtype == torch.bfloat16,
-            norm_eps=arch.norm_eps,
-            embedding=weights.embedding.data_ptr(),
-            cosines=cosines.data_ptr(),
-            sines=sines.data_ptr(),
-            norm=weights.norm.data_ptr(),
-            head=weights.head,
-            layers=weights.layers,
-        )
-        model: int | None = self._library.pipespec_create(ctypes.byref(shape))
-        if model is None:
-            raise MemoryError("no memory or no thread left for the native runner")
-        return model
 
     @property
     def info(self) -> RunnerInfo:
@@ -152,8 +133,8 @@ class NativeRunner:
         for row in rows:
             if self._run(row, (), 1):
                 draws.append(self._ranked[: row.num_draws])
-            else:  # logits that are not finite; say so
-                draws += draw_rows([row], self._info, self._num_embeddings, self._row_logits)
+            else:  # logits that are not finite: is there a largest, or is it an error?
+                draws += draw_rows([row], self._info, self._num_embeddings, self._last_logits)
         return draws
 
     def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
@@ -162,13 +143,14 @@ class NativeRunner:
         Raises:
             PipeSpecError: as `forward`.
         """
+        if row.row.sampling.temperature > 0.0:
+            return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
+        check_tree(row, self._info, self._num_embeddings)
         count = min(row.num_ranked, self._info.vocab_size)
-        if row.row.sampling.temperature == 0.0:
-            check_tree(row, self._info, self._num_embeddings)
-            if self._run_tree(row, count):
-                flat = self._ranked[: count * (row.row.num_draws + len(row.tail))]
-                return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
-        return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
+        if not self._run_tree(row, count):
+            return rank_tree(row, self._info, self._num_embeddings, self._last_tree_logits)
+        flat = self._ranked[: count * (row.row.num_draws + len(row.tail))]
+        return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
 
     def logits(self, row: Row) -> Tensor:
         """Feeds the row and returns what its draws would be made of: [num_draws, vocab_size]
@@ -186,6 +168,7 @@ class NativeRunner:
     def close(self) -> None:
         self._model = None
         self._destroy()
+        self._read_in_forwards.clear()
         self._slots.clear()
         self._free.clear()
 
@@ -199,11 +182,18 @@ class NativeRunner:
     def _row_logits(self, row: Row) -> Tensor:
         """Feeds a checked row. Returns [num_draws, vocab_size], valid until the next forward."""
         self._run(row, (), 0)
+        return self._last_logits(row)
+
+    def _last_logits(self, row: Row) -> Tensor:
+        """As `_row_logits`, for the row that was fed last."""
         return self._logits[: row.num_draws, : self._info.vocab_size]
 
     def _tree_logits(self, tree: TreeRow) -> Tensor:
         """Feeds a checked tree. Returns [num_draws + len(tail), vocab_size], as `_row_logits`."""
         self._run_tree(tree, 0)
+        return self._last_tree_logits(tree)
+
+    def _last_tree_logits(self, tree: TreeRow) -> Tensor:
         return self._logits[: tree.row.num_draws + len(tree.tail), : self._info.vocab_size]
 
     def _run_tree(self, tree: TreeRow, num_ranked: int) -> bool:
@@ -225,6 +215,7 @@ class NativeRunner:
             False if some were to be ranked and are not finite.
         """
         assert self._model is not None, "the runner is closed"
+        assert self._process_id == os.getpid(), "a fork has none of the runner's threads"
         slot, end = self._slot(row.slot), row.start + len(row.ids)
         assert row.start <= slot.length, "a gap between what the slot holds and the row"
         self._reserve(row.num_draws + len(tail), num_ranked)
@@ -247,6 +238,7 @@ class NativeRunner:
             feed.ranked = ctypes.addressof(self._ranked) + 4 * num_done * num_ranked
             status = self._library.pipespec_forward(self._model, ctypes.byref(feed))
             if status == library.NO_MEMORY:
+                slot.length = start
                 raise PipeSpecError(
                     f"{self._info.name} ran out of memory during a forward; shorten the prompt or "
                     "use a smaller model"
@@ -263,6 +255,31 @@ class NativeRunner:
             self._ranked = (c_int32 * (num_outputs * num_ranked))()
 
 
+def _shape(arch: Architecture, weights: Weights, cosines: Tensor, sines: Tensor) -> library.Shape:
+    """What the model is; how it is run is left open."""
+    return library.Shape(
+        hidden=arch.hidden_size,
+        inner=arch.intermediate_size,
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        norm_eps=arch.norm_eps,
+        embedding=weights.embedding.data_ptr(),
+        cosines=cosines.data_ptr(),
+        sines=sines.data_ptr(),
+        norm=weights.norm.data_ptr(),
+        head=weights.head,
+        layers=weights.layers,
+    )
+
+
+def _destroy(model_library: ctypes.CDLL, model: int, process_id: int) -> None:
+    """Frees a model and ends its threads; in a fork of its process there is none to end."""
+    if os.getpid() == process_id:
+        model_library.pipespec_destroy(model)
+
+
 def _tail_tables(
     slot: _Slot, tail: Sequence[TailToken]
 ) -> tuple[ctypes.Array[c_int32], ctypes.Array[c_int32]]:
@@ -271,6 +288,7 @@ def _tail_tables(
     fields: list[int] = []
     chains: list[int] = []
     for item in tail:
+        assert item.parent_row < item.row, "rows of a branch ascend"
         prefix, rows = slot.sees(item.parent_row)
         rows = [*rows, item.row]
         slot.branches[item.row] = (prefix, rows)
