@@ -37,10 +37,11 @@ class _Slot:
     """A cache and how many positions of it hold a prefix. branches: for rows that hold branches,
     how many rows of the text each sees, and then which rows, itself last."""
 
-    __slots__ = ("branches", "cache", "length")
+    __slots__ = ("address", "branches", "cache", "length")
 
     def __init__(self, cache: Tensor) -> None:
         self.cache = cache
+        self.address = cache.data_ptr()
         self.length = 0
         self.branches: dict[int, tuple[int, list[int]]] = {}
 
@@ -90,9 +91,9 @@ class NativeRunner:
         rotation = rotations(arch.rope, arch.head_dim, length, torch.device("cpu")).squeeze(1)
         weights = load_weights(folder, arch, _DTYPES[dtype], vocab_size)
         self._num_embeddings = arch.vocab_size
-        self._logits = torch.empty(0, weights.head.num_panels * PANEL)
-        self._ranked = (c_int32 * 0)()
         self._feed = library.Feed()
+        self._logit_stride = weights.head.num_panels * PANEL
+        self._make_room(1, 1)
         cosines, sines = rotation.real.contiguous(), rotation.imag.contiguous()
         self._read_in_forwards = [*weights.tensors, cosines, sines]  # the model has addresses only
         shape = _shape(arch, weights, cosines, sines)
@@ -202,9 +203,9 @@ class NativeRunner:
         row, slot = tree.row, self._slot(tree.row.slot)
         if tree.keep:
             rows = (c_int32 * len(tree.keep))(*tree.keep)
-            cache = slot.cache.data_ptr()
-            self._library.pipespec_keep(self._model, cache, tree.keep_start, rows, len(rows))
-            slot.length = max(slot.length, tree.keep_start + len(tree.keep))
+            start, count = tree.keep_start, len(tree.keep)
+            self._library.pipespec_keep(self._model, slot.address, start, rows, count)
+            slot.length = max(slot.length, start + count)
         return self._run(row, tree.tail, num_ranked)
 
     def _run(self, row: Row, tail: Sequence[TailToken], num_ranked: int) -> bool:
@@ -218,13 +219,14 @@ class NativeRunner:
         assert self._process_id == os.getpid(), "a fork has none of the runner's threads"
         slot, end = self._slot(row.slot), row.start + len(row.ids)
         assert row.start <= slot.length, "a gap between what the slot holds and the row"
-        self._reserve(row.num_draws + len(tail), num_ranked)
+        num_outputs = row.num_draws + len(tail)
+        if num_outputs > self._num_logits or num_outputs * num_ranked > len(self._ranked):
+            self._make_room(num_outputs, num_ranked)
         feed, num_done, is_finite = self._feed, 0, True
-        feed.cache, feed.num_ranked = slot.cache.data_ptr(), num_ranked
+        feed.cache, feed.num_ranked = slot.address, num_ranked
         for start, stop in chunks(row.start, len(row.ids)):
             ids = row.ids[start - row.start : stop - row.start]
             slot.length = stop
-            num_outputs = max(0, stop - max(start, end - row.num_draws))
             branches = tail if stop == end else ()
             if branches:
                 ids = [*ids, *(item.token for item in branches)]
@@ -233,9 +235,9 @@ class NativeRunner:
             id_table = (c_int32 * len(ids))(*ids)
             feed.ids = ctypes.addressof(id_table)
             feed.start, feed.num_own, feed.num_tail = start, stop - start, len(branches)
-            feed.num_outputs = num_outputs + len(branches)
-            feed.logits = self._logits.data_ptr() + 4 * num_done * self._logits.shape[1]
-            feed.ranked = ctypes.addressof(self._ranked) + 4 * num_done * num_ranked
+            feed.num_outputs = max(0, stop - max(start, end - row.num_draws)) + len(branches)
+            feed.logits = self._logits_address + 4 * num_done * self._logit_stride
+            feed.ranked = self._ranked_address + 4 * num_done * num_ranked
             status = self._library.pipespec_forward(self._model, ctypes.byref(feed))
             if status == library.NO_MEMORY:
                 slot.length = start
@@ -247,12 +249,13 @@ class NativeRunner:
             num_done += feed.num_outputs
         return is_finite
 
-    def _reserve(self, num_outputs: int, num_ranked: int) -> None:
-        """Makes room for what a forward returns."""
-        if num_outputs > len(self._logits):
-            self._logits = torch.empty(num_outputs, self._logits.shape[1])
-        if num_outputs * num_ranked > len(self._ranked):
-            self._ranked = (c_int32 * (num_outputs * num_ranked))()
+    def _make_room(self, num_outputs: int, num_ranked: int) -> None:
+        """For what a forward returns."""
+        self._num_logits = num_outputs
+        self._logits = torch.empty(num_outputs, self._logit_stride)
+        self._logits_address = self._logits.data_ptr()
+        self._ranked = (c_int32 * (num_outputs * num_ranked))()
+        self._ranked_address = ctypes.addressof(self._ranked)
 
 
 def _shape(arch: Architecture, weights: Weights, cosines: Tensor, sines: Tensor) -> library.Shape:
