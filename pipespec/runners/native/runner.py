@@ -202,6 +202,8 @@ class NativeRunner:
         assert self._model is not None, "the runner is closed"
         row, slot = tree.row, self._slot(tree.row.slot)
         if tree.keep:
+            assert tree.keep_start <= slot.length, "a gap between what the slot holds and is kept"
+            assert slot.branches.keys() >= set(tree.keep), "a row is kept that holds nothing"
             rows = (c_int32 * len(tree.keep))(*tree.keep)
             start, count = tree.keep_start, len(tree.keep)
             self._library.pipespec_keep(self._model, slot.address, start, rows, count)
