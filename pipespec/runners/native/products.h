@@ -25,6 +25,10 @@ namespace pipespec {
 constexpr int PANEL = 32;
 constexpr int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
+// Bytes of weights that are asked for ahead of the sums, of all panels together. The processor's own
+// look-ahead ends with each page; with several rows it is a tenth to a sixth of a step.
+constexpr int AHEAD = 4096;
+
 constexpr int TILE_ROWS = 16;
 constexpr int MAX_PIECE = 1024;  // floats that one call of a kernel writes at most
 
@@ -85,6 +89,7 @@ void product(const void* inputs, int64_t x_stride, const void* weights, int64_t 
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; ++v) {
       const auto* from = w + (v / EACH) * w_stride + k * PANEL + (v % EACH) * LANES * Kind::STEP;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD / PANELS);
       const auto loaded = Kind::load_weights(from);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r)
