@@ -25,8 +25,9 @@ namespace pipespec {
 constexpr int PANEL = 32;
 constexpr int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
-// Bytes of weights that are asked for ahead of the sums, of all panels together. The processor's own
-// look-ahead ends with each page; with several rows it is a tenth to a sixth of a step.
+// Bytes of weights that are asked for ahead of the sums, of all panels together: the processor's
+// own look-ahead is too short where several rows share one panel. To the second cache, because the
+// first one's few requests in flight are what limits a step.
 constexpr int AHEAD = 4096;
 
 constexpr int TILE_ROWS = 16;
@@ -89,7 +90,7 @@ void product(const void* inputs, int64_t x_stride, const void* weights, int64_t 
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; ++v) {
       const auto* from = w + (v / EACH) * w_stride + k * PANEL + (v % EACH) * LANES * Kind::STEP;
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD / PANELS);
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD / PANELS, 0, 2);
       const auto loaded = Kind::load_weights(from);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r)
