@@ -65,7 +65,7 @@ def test_another_processor_or_compiler_makes_another(tmp_path: Path, copying: st
     compiler, cache = make_compiler(tmp_path, copying), tmp_path / "cache"
     load_library(compiler, cache=cache)
     load_library(compiler, "x86-64-v3", cache=cache)
-    (newer,) = [make_compiler(tmp_path, copying, "newer-c++")]
+    newer = make_compiler(tmp_path, copying, "newer-c++")
     Path(newer).write_text(Path(newer).read_text().replace("fake 1.0", "fake 2.0"))
     load_library(newer, cache=cache)
     assert num_runs(tmp_path) == len(list(cache.iterdir())) == 3
@@ -155,6 +155,20 @@ def test_the_cache_is_where_users_look_for_it(monkeypatch: pytest.MonkeyPatch) -
     for unset in ("", "not/absolute"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert user_cache() == Path(os.path.expanduser("~/.cache/pipespec"))
+
+
+def test_a_user_without_a_home_has_no_cache_and_is_served(
+    tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under a number without a name."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    compiler = make_compiler(tmp_path, copying)
+    before = set(tmp_path.iterdir())
+    assert user_cache() is None
+    assert load_library(compiler).pipespec_create
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "runs"}
 
 
 def test_its_sources_are_installed_with_the_package() -> None:

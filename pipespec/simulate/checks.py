@@ -31,6 +31,7 @@ def check(holds: bool, promise: str) -> None:
 
 def check_step(request: RequestState, step: Step, cache: Cache) -> None:
     """At the start of a forward, after rows were kept."""
+    check(bool(step.ids or step.tail), "a step feeds something")
     context = request.seq + request.cands.main[: step.num_candidates]
     check(cache.tokens(step.start) == request.seq[: step.start], "KV ids equal the prefix")
     check(cache.is_path(step.start), "KV holds what the step builds on")

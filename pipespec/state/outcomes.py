@@ -136,6 +136,10 @@ class Outcomes:
             return None
         return branch if branch.rows else None
 
+    def start_over(self) -> None:
+        """Gives all rows back: those that are left lie where nothing can be fed."""
+        self._drop(list(self.branches))
+
     def clear(self, length: int) -> None:
         """All branches are void, and what was known of positions from `length` on."""
         self._drop(list(self.branches))

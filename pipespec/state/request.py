@@ -200,10 +200,10 @@ class RequestState:
 
     def begin_step(
         self, most: int, extras: Sequence[Twig | Branch] = (), *, takes_own: bool = True
-    ) -> Step:
+    ) -> Step | None:
         """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
         `most`, if takes_own and own tokens may follow; and over `extras`, the best of
-        `offers_beside`."""
+        `offers_beside`. None if only branches were to be fed and no rows were left for them."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
         branches = [extra for extra in extras if isinstance(extra, Branch)]
@@ -215,6 +215,9 @@ class RequestState:
             ids = (*self.seq[start:], *self.cands.main[:num_candidates])
             twigs = [extra for extra in extras if isinstance(extra, Twig)]
         tail, twigs, branches = place_feeds(self, twigs, branches if ids else cached)
+        if not ids and not tail:
+            self.outcomes.start_over()
+            return None
         keep, self.keep = self.keep, ()
         is_burst = self.role.is_first and ids and not tail and not self.is_prefill
         self.step = Step(

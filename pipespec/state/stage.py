@@ -104,9 +104,12 @@ class StageState:
                 continue
             ready_at_s = self._ready_at(request, now_s)
             if ready_at_s is not None and ready_at_s <= now_s:
+                step = self._begin_step(request)
+                if step is None:
+                    continue
                 self._turn += offset + 1
                 self._in_flight = request
-                return Decision(self._begin_step(request))
+                return Decision(step)
             if ready_at_s is not None:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
@@ -244,7 +247,7 @@ class StageState:
 
     # -- parts ------------------------------------------------------------------------------
 
-    def _begin_step(self, request: RequestState) -> Step:
+    def _begin_step(self, request: RequestState) -> Step | None:
         most = self.policy.use(len(request.cands.main))
         extras = offers_beside(request, most)
         if not extras:

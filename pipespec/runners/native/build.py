@@ -1,6 +1,6 @@
 """Compiles the native runner's C++ at its first use and keeps the library for the next.
 
-The cache is `$XDG_CACHE_HOME/pipespec`, or `~/.cache/pipespec`, or where neither can be written a
+The cache is `$XDG_CACHE_HOME/pipespec`, or `~/.cache/pipespec`, or where that cannot be written a
 folder that is gone once the library is loaded. A library's name holds a hash of all that it depends
 on: sources, flags, compiler, processor. It appears under that name at once and whole, so processes
 that compile at the same time do not disturb each other. Knows no model.
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -49,32 +50,33 @@ def load_library(
         BuildError: no compiler, or one that cannot compile it.
     """
     command = [_find(compiler), *_FLAGS, f"-march={march}"]
-    library = (user_cache() if cache is None else cache) / f"native-{_digest(command)}.so"
-    if library.is_file():
-        return _load(library)
-    with _folder_beside(library) as folder:
-        made = Path(folder) / library.name
+    cache, name = cache or user_cache(), f"native-{_digest(command)}.so"
+    if cache is not None and (cache / name).is_file():
+        return _load(cache / name)
+    with _folder_in(cache) as folder:
+        made = Path(folder) / name
         _run([*command, "-o", str(made), str(_FOLDER / _SOURCES[0])])
-        try:
-            made.replace(library)
-        except OSError:  # no cache; once loaded, a library needs no file
-            return _load(made)
-    return _load(library)
+        if cache is not None:
+            with suppress(OSError):
+                made = made.replace(cache / name)
+        return _load(made)  # once loaded, a library needs no file
 
 
-def user_cache() -> Path:
-    """The folder for what PipeSpec can make again."""
+def user_cache() -> Path | None:
+    """The folder for what PipeSpec can make again; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "pipespec"
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    return Path(base) / "pipespec" if os.path.isabs(base) else None
 
 
-def _folder_beside(library: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder to compile in; if it cannot be where the library shall be, then elsewhere."""
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=library.parent, prefix=".native-")
-    except OSError:  # read-only, or full
-        return tempfile.TemporaryDirectory(prefix="pipespec-")
+def _folder_in(cache: Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder to compile in; if it cannot be in the cache, then elsewhere."""
+    if cache is not None:
+        with suppress(OSError):  # read-only, or full
+            cache.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(dir=cache, prefix=".native-")
+    return tempfile.TemporaryDirectory(prefix="pipespec-")
 
 
 def _find(compiler: str | None) -> str:

@@ -1,7 +1,8 @@
 // A few threads that run one function together, again and again, and meet at barriers inside it.
 //
 // Whoever waits spins for a moment, because the next step of a decode is microseconds away, and
-// then gives its core away: between calls it sleeps, at a barrier it yields.
+// then gives its core away: between calls it sleeps, at a barrier it yields. While another pool of
+// the process runs, between calls it sleeps at once: that pool wants the same cores.
 
 #pragma once
 
@@ -36,8 +37,11 @@ class Pool {
   ~Pool() { end(); }
 
   void run() {
-    if (num_threads_ > 1) announce(false);
+    if (num_threads_ == 1) return work_(0);
+    announce(false);
+    num_running_.fetch_add(1, std::memory_order_release);  // own threads have heard of the call
     work_(0);
+    num_running_.fetch_sub(1, std::memory_order_relaxed);  // and may spin after the barrier
     barrier();
   }
 
@@ -56,11 +60,13 @@ class Pool {
 
  private:
   static constexpr std::chrono::microseconds PATIENCE{100};
+  static inline std::atomic<int> num_running_{0};
 
   void serve(int thread) {
     for (uint32_t done = 0;; ++done) {
       const auto is_called = [&] { return calls_.load(std::memory_order_acquire) != done; };
-      if (!spin_until(is_called)) {
+      const auto is_in_vain = [&] { return num_running_.load(std::memory_order_acquire) > 0; };
+      if (!spin_until([&] { return is_called() || is_in_vain(); }) || !is_called()) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, is_called);
       }

@@ -25,6 +25,11 @@ namespace pipespec {
 constexpr int PANEL = 32;
 constexpr int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
+// Bytes of weights that are asked for ahead of the sums, of all panels together: the processor's
+// own look-ahead is too short where several rows share one panel. To the second cache, because the
+// first one's few requests in flight are what limits a step.
+constexpr int AHEAD = 4096;
+
 constexpr int TILE_ROWS = 16;
 constexpr int MAX_PIECE = 1024;  // floats that one call of a kernel writes at most
 
@@ -85,6 +90,7 @@ void product(const void* inputs, int64_t x_stride, const void* weights, int64_t 
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; ++v) {
       const auto* from = w + (v / EACH) * w_stride + k * PANEL + (v % EACH) * LANES * Kind::STEP;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD / PANELS, 0, 2);
       const auto loaded = Kind::load_weights(from);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r)
@@ -99,24 +105,44 @@ void product(const void* inputs, int64_t x_stride, const void* weights, int64_t 
   }
 }
 
+constexpr int MAX_BLOCK = 32;  // rows
+
+// The calls for a number of rows: with 1, 2 and 4 panels, as far as `most`.
+struct Calls {
+  int most;
+  std::array<Product*, 3> of;
+  Product* operator[](int panels) const { return of[panels / 2]; }
+};
+
 // How weights are multiplied. block_rows: the most rows of one call. is_tiled: blocks of rows are
-// full but for the last, which is padded. At [rows - 1]: how many panels are taken at once, and the
-// call for so many, and for one. More than one block of rows takes single panels only.
+// full but for the last, for which rows are read that follow it. calls: at [rows - 1].
 struct Kernel {
   const char* name;
   int weight_bytes, input_bytes;
   int block_rows;
   bool is_tiled;
-  std::array<int, 32> panels;
-  std::array<Product*, 32> several, single;
+  std::array<Calls, MAX_BLOCK> calls;
 };
+
+template <class Kind, int ROWS, int PANELS>
+constexpr Product* call_if_it_fits() {
+  if constexpr (PANELS <= panels_at_once(ROWS))
+    return product<Kind, ROWS, PANELS>;
+  else
+    return nullptr;
+}
+
+template <class Kind, int ROWS>
+constexpr Calls calls() {
+  return {panels_at_once(ROWS),
+          {call_if_it_fits<Kind, ROWS, 1>(), call_if_it_fits<Kind, ROWS, 2>(),
+           call_if_it_fits<Kind, ROWS, 4>()}};
+}
 
 template <class Kind, int... ROWS>
 Kernel make_kernel(const char* name, std::integer_sequence<int, ROWS...>) {
   return {name, sizeof(typename Kind::Weight), sizeof(typename Kind::Input), sizeof...(ROWS), false,
-          {panels_at_once(ROWS + 1)...},
-          {product<Kind, ROWS + 1, panels_at_once(ROWS + 1)>...},
-          {product<Kind, ROWS + 1, 1>...}};
+          {calls<Kind, ROWS + 1>()...}};
 }
 
 inline Kernel float32_kernel() {
@@ -207,12 +233,10 @@ __attribute__((noinline)) inline void two_tiles(const void* inputs, int64_t x_st
 }
 
 inline Kernel amx_kernel() {
-  Kernel kernel = {"amx", 2, 2, 2 * TILE_ROWS, true, {}, {}, {}};
-  for (int index = 0; index < 2 * TILE_ROWS; ++index) {
-    const bool fits = index < TILE_ROWS;
-    kernel.panels[index] = fits ? 2 : 1;
-    kernel.several[index] = fits ? one_tile<2> : two_tiles;
-    kernel.single[index] = fits ? one_tile<1> : two_tiles;
+  Kernel kernel = {"amx", 2, 2, 2 * TILE_ROWS, true, {}};
+  for (int row = 0; row < TILE_ROWS; ++row) {
+    kernel.calls[row] = {2, {one_tile<1>, one_tile<2>, nullptr}};
+    kernel.calls[TILE_ROWS + row] = {1, {two_tiles, nullptr, nullptr}};
   }
   return kernel;
 }
@@ -263,26 +287,29 @@ inline void end_products(const Kernel& kernel) {
 }
 
 // Multiplies `rows` rows of x with the panels from `first` to `last`, and hands every piece to
-// finish(row, number of rows, panel, number of panels, piece [rows][panels * 32]).
-// w: panel 0, whose like stand `w_stride` elements apart.
+// finish(row, number of rows, panel, number of panels, piece [rows][panels * 32]). Few rows take
+// several panels at once, or their sums would wait for each other; several blocks of rows take one
+// panel after the other, which stays in the cache between them.
+// x: a tiled kernel reads up to MAX_BLOCK rows more. w: panel 0, whose like stand `w_stride`
+// elements apart.
 template <class Finish>
 void multiply(const Kernel& kernel, const void* x, int64_t x_stride, int rows, const void* w,
               int64_t w_stride, int64_t depth, int first, int last, Finish finish) {
   alignas(64) float piece[MAX_PIECE];
   const int blocks = (rows + kernel.block_rows - 1) / kernel.block_rows;
   const int block = kernel.is_tiled ? kernel.block_rows : (rows + blocks - 1) / blocks;
-  const int at_once = blocks == 1 ? kernel.panels[rows - 1] : 1;
+  const int most = blocks == 1 ? kernel.calls[rows - 1].most : 1;
 #if PIPESPEC_AMX
   if (kernel.is_tiled) configure_tiles(rows);
 #endif
   for (int panel = first; panel < last;) {
-    const int panels = last - panel >= at_once ? at_once : 1;
+    int panels = most;
+    while (panels > last - panel) panels /= 2;
     const auto* from = static_cast<const char*>(w) + panel * w_stride * kernel.weight_bytes;
     for (int row = 0; row < rows; row += block) {
       const int count = std::min(block, rows - row);
       const auto* inputs = static_cast<const char*>(x) + row * x_stride * kernel.input_bytes;
-      const auto& products = panels > 1 ? kernel.several : kernel.single;
-      products[count - 1](inputs, x_stride, from, w_stride, depth, piece);
+      kernel.calls[count - 1][panels](inputs, x_stride, from, w_stride, depth, piece);
       finish(row, count, panel, panels, piece);
     }
     panel += panels;

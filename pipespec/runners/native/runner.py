@@ -3,11 +3,34 @@
 Slots of preallocated keys and values around `step.cpp`. Rollback is a smaller length. What a token
 gets does not depend on the number of tokens fed with it, on where a prompt was cut, on branches
 beside it or on the number of threads: it is the same to the bit, in bfloat16 too.
+
+A step's time with one thread of a Xeon with AMX (2 MiB of second cache a core) after 256 tokens, by
+the number of tokens fed, this runner / the llama runner in the same run; beside it the time that
+one core takes to read as many bytes as the weights have. us to 2M, then ms:
+
+    parameters         read    1 token    4 tokens     8 tokens   16 tokens
+    1.0M  float32       135    166/361     173/462      188/517     302/626
+    1.0M  bfloat16       29     79/424      82/458      100/489     142/555
+    1.9M  float32       270    330/602     352/727      417/833    659/1049
+    1.9M  bfloat16      130    205/744     222/805      249/864     327/969
+    12M   float32       1.7    1.9/3.4     2.0/4.8      2.2/5.6     3.8/7.0
+    12M   bfloat16      0.8    1.1/2.7     1.2/3.0      1.3/3.2     1.6/3.5
+    27M   float32       7.8    6.6/9.7    7.5/13.9     9.5/15.9   13.1/19.2
+    27M   bfloat16      1.9    2.5/6.5     2.6/7.0      2.8/7.4     3.3/8.1
+    124M  float32        31      31/40       33/48        43/55       57/68
+    124M  bfloat16       16      18/26       19/28        20/29       21/32
+    481M  float32       133    110/146     114/156      156/184     211/241
+    481M  bfloat16       63      70/89       72/92        76/96      80/102
+
+Branches cost what as many tokens of a text cost (1.0M, float32, 16: 359 us beside 325). A prompt of
+300 and 900 tokens takes 41 and 137 ms for the 12M (59 and 189), 343 and 1078 ms for the 124M (405
+and 1251), in bfloat16 13 and 54 (23 and 90), 88 and 333 (111 and 460). Huge pages gain nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from ctypes import c_int32
@@ -35,10 +58,11 @@ class _Slot:
     """A cache and how many positions of it hold a prefix. branches: for rows that hold branches,
     how many rows of the text each sees, and then which rows, itself last."""
 
-    __slots__ = ("branches", "cache", "length")
+    __slots__ = ("address", "branches", "cache", "length")
 
     def __init__(self, cache: Tensor) -> None:
         self.cache = cache
+        self.address = cache.data_ptr()
         self.length = 0
         self.branches: dict[int, tuple[int, list[int]]] = {}
 
@@ -86,14 +110,23 @@ class NativeRunner:
         self._free = [_Slot(torch.zeros(size)) for _ in range(num_slots)]
         self._slots: dict[int, _Slot] = {}
         rotation = rotations(arch.rope, arch.head_dim, length, torch.device("cpu")).squeeze(1)
-        self._rotation = (rotation.real.contiguous(), rotation.imag.contiguous())
-        self._weights = load_weights(folder, arch, _DTYPES[dtype], vocab_size)
+        weights = load_weights(folder, arch, _DTYPES[dtype], vocab_size)
         self._num_embeddings = arch.vocab_size
-        self._logits = torch.empty(0, self._weights.head.num_panels * PANEL)
-        self._ranked = (c_int32 * 0)()
         self._feed = library.Feed()
-        self._model = self._create(arch, num_cache_rows, vocab_size, num_threads)
-        self._destroy = weakref.finalize(self, self._library.pipespec_destroy, self._model)
+        self._logit_stride = weights.head.num_panels * PANEL
+        self._make_room(1, 1)
+        cosines, sines = rotation.real.contiguous(), rotation.imag.contiguous()
+        self._read_in_forwards = [*weights.tensors, cosines, sines]  # the model has addresses only
+        shape = _shape(arch, weights, cosines, sines)
+        shape.vocab_size, shape.num_cache_rows = vocab_size, num_cache_rows
+        shape.num_threads, shape.is_bfloat16 = num_threads, dtype == "bfloat16"
+        self._model: int | None = self._library.pipespec_create(ctypes.byref(shape))
+        if self._model is None:
+            raise MemoryError("no memory or no thread left for the native runner")
+        self._process_id = os.getpid()
+        self._destroy = weakref.finalize(
+            self, _destroy, self._library, self._model, self._process_id
+        )
         kernel = self._library.pipespec_kernel(self._model).decode()
         self._info = RunnerInfo(
             name=name,
@@ -102,40 +135,11 @@ class NativeRunner:
             dtype=dtype,
             vocab_size=vocab_size,
             context_length=length,
-            num_parameters=self._weights.num_parameters,
-            weight_bytes=self._weights.weight_bytes,
+            num_parameters=weights.num_parameters,
+            weight_bytes=weights.weight_bytes,
             num_tail_rows=TAIL_ROWS,
             attention=f"native float32, {kernel} products",
         )
-
-    def _create(
-        self, arch: Architecture, num_cache_rows: int, vocab_size: int, num_threads: int
-    ) -> int | None:
-        weights: Weights = self._weights
-        cosines, sines = self._rotation
-        shape = library.Shape(
-            hidden=arch.hidden_size,
-            inner=arch.intermediate_size,
-            num_layers=arch.num_layers,
-            num_heads=arch.num_heads,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            vocab_size=vocab_size,
-            num_cache_rows=num_cache_rows,
-            num_threads=num_threads,
-            is_bfloat16=weights.embedding.dtype == torch.bfloat16,
-            norm_eps=arch.norm_eps,
-            embedding=weights.embedding.data_ptr(),
-            cosines=cosines.data_ptr(),
-            sines=sines.data_ptr(),
-            norm=weights.norm.data_ptr(),
-            head=weights.head,
-            layers=weights.layers,
-        )
-        model: int | None = self._library.pipespec_create(ctypes.byref(shape))
-        if model is None:
-            raise MemoryError("no memory or no thread left for the native runner")
-        return model
 
     @property
     def info(self) -> RunnerInfo:
@@ -151,8 +155,8 @@ class NativeRunner:
         for row in rows:
             if self._run(row, (), 1):
                 draws.append(self._ranked[: row.num_draws])
-            else:  # logits that are not finite; say so
-                draws += draw_rows([row], self._info, self._num_embeddings, self._row_logits)
+            else:  # logits that are not finite: is there a largest, or is it an error?
+                draws += draw_rows([row], self._info, self._num_embeddings, self._last_logits)
         return draws
 
     def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
@@ -161,13 +165,14 @@ class NativeRunner:
         Raises:
             PipeSpecError: as `forward`.
         """
+        if row.row.sampling.temperature > 0.0:
+            return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
+        check_tree(row, self._info, self._num_embeddings)
         count = min(row.num_ranked, self._info.vocab_size)
-        if row.row.sampling.temperature == 0.0:
-            check_tree(row, self._info, self._num_embeddings)
-            if self._run_tree(row, count):
-                flat = self._ranked[: count * (row.row.num_draws + len(row.tail))]
-                return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
-        return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
+        if not self._run_tree(row, count):
+            return rank_tree(row, self._info, self._num_embeddings, self._last_tree_logits)
+        flat = self._ranked[: count * (row.row.num_draws + len(row.tail))]
+        return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
 
     def logits(self, row: Row) -> Tensor:
         """Feeds the row and returns what its draws would be made of: [num_draws, vocab_size]
@@ -185,6 +190,7 @@ class NativeRunner:
     def close(self) -> None:
         self._model = None
         self._destroy()
+        self._read_in_forwards.clear()
         self._slots.clear()
         self._free.clear()
 
@@ -198,11 +204,18 @@ class NativeRunner:
     def _row_logits(self, row: Row) -> Tensor:
         """Feeds a checked row. Returns [num_draws, vocab_size], valid until the next forward."""
         self._run(row, (), 0)
+        return self._last_logits(row)
+
+    def _last_logits(self, row: Row) -> Tensor:
+        """As `_row_logits`, for the row that was fed last."""
         return self._logits[: row.num_draws, : self._info.vocab_size]
 
     def _tree_logits(self, tree: TreeRow) -> Tensor:
         """Feeds a checked tree. Returns [num_draws + len(tail), vocab_size], as `_row_logits`."""
         self._run_tree(tree, 0)
+        return self._last_tree_logits(tree)
+
+    def _last_tree_logits(self, tree: TreeRow) -> Tensor:
         return self._logits[: tree.row.num_draws + len(tree.tail), : self._info.vocab_size]
 
     def _run_tree(self, tree: TreeRow, num_ranked: int) -> bool:
@@ -210,10 +223,12 @@ class NativeRunner:
         assert self._model is not None, "the runner is closed"
         row, slot = tree.row, self._slot(tree.row.slot)
         if tree.keep:
+            assert tree.keep_start <= slot.length, "a gap between what the slot holds and is kept"
+            assert slot.branches.keys() >= set(tree.keep), "a row is kept that holds nothing"
             rows = (c_int32 * len(tree.keep))(*tree.keep)
-            cache = slot.cache.data_ptr()
-            self._library.pipespec_keep(self._model, cache, tree.keep_start, rows, len(rows))
-            slot.length = max(slot.length, tree.keep_start + len(tree.keep))
+            start, count = tree.keep_start, len(tree.keep)
+            self._library.pipespec_keep(self._model, slot.address, start, rows, count)
+            slot.length = max(slot.length, start + count)
         return self._run(row, tree.tail, num_ranked)
 
     def _run(self, row: Row, tail: Sequence[TailToken], num_ranked: int) -> bool:
@@ -224,15 +239,17 @@ class NativeRunner:
             False if some were to be ranked and are not finite.
         """
         assert self._model is not None, "the runner is closed"
+        assert self._process_id == os.getpid(), "a fork has none of the runner's threads"
         slot, end = self._slot(row.slot), row.start + len(row.ids)
         assert row.start <= slot.length, "a gap between what the slot holds and the row"
-        self._reserve(row.num_draws + len(tail), num_ranked)
+        num_outputs = row.num_draws + len(tail)
+        if num_outputs > self._num_logits or num_outputs * num_ranked > len(self._ranked):
+            self._make_room(num_outputs, num_ranked)
         feed, num_done, is_finite = self._feed, 0, True
-        feed.cache, feed.num_ranked = slot.cache.data_ptr(), num_ranked
+        feed.cache, feed.num_ranked = slot.address, num_ranked
         for start, stop in chunks(row.start, len(row.ids)):
             ids = row.ids[start - row.start : stop - row.start]
             slot.length = stop
-            num_outputs = max(0, stop - max(start, end - row.num_draws))
             branches = tail if stop == end else ()
             if branches:
                 ids = [*ids, *(item.token for item in branches)]
@@ -241,11 +258,12 @@ class NativeRunner:
             id_table = (c_int32 * len(ids))(*ids)
             feed.ids = ctypes.addressof(id_table)
             feed.start, feed.num_own, feed.num_tail = start, stop - start, len(branches)
-            feed.num_outputs = num_outputs + len(branches)
-            feed.logits = self._logits.data_ptr() + 4 * num_done * self._logits.shape[1]
-            feed.ranked = ctypes.addressof(self._ranked) + 4 * num_done * num_ranked
+            feed.num_outputs = max(0, stop - max(start, end - row.num_draws)) + len(branches)
+            feed.logits = self._logits_address + 4 * num_done * self._logit_stride
+            feed.ranked = self._ranked_address + 4 * num_done * num_ranked
             status = self._library.pipespec_forward(self._model, ctypes.byref(feed))
             if status == library.NO_MEMORY:
+                slot.length = start
                 raise PipeSpecError(
                     f"{self._info.name} ran out of memory during a forward; shorten the prompt or "
                     "use a smaller model"
@@ -254,12 +272,38 @@ class NativeRunner:
             num_done += feed.num_outputs
         return is_finite
 
-    def _reserve(self, num_outputs: int, num_ranked: int) -> None:
-        """Makes room for what a forward returns."""
-        if num_outputs > len(self._logits):
-            self._logits = torch.empty(num_outputs, self._logits.shape[1])
-        if num_outputs * num_ranked > len(self._ranked):
-            self._ranked = (c_int32 * (num_outputs * num_ranked))()
+    def _make_room(self, num_outputs: int, num_ranked: int) -> None:
+        """For what a forward returns."""
+        self._num_logits = num_outputs
+        self._logits = torch.empty(num_outputs, self._logit_stride)
+        self._logits_address = self._logits.data_ptr()
+        self._ranked = (c_int32 * (num_outputs * num_ranked))()
+        self._ranked_address = ctypes.addressof(self._ranked)
+
+
+def _shape(arch: Architecture, weights: Weights, cosines: Tensor, sines: Tensor) -> library.Shape:
+    """What the model is; how it is run is left open."""
+    return library.Shape(
+        hidden=arch.hidden_size,
+        inner=arch.intermediate_size,
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        norm_eps=arch.norm_eps,
+        embedding=weights.embedding.data_ptr(),
+        cosines=cosines.data_ptr(),
+        sines=sines.data_ptr(),
+        norm=weights.norm.data_ptr(),
+        head=weights.head,
+        layers=weights.layers,
+    )
+
+
+def _destroy(model_library: ctypes.CDLL, model: int, process_id: int) -> None:
+    """Frees a model and ends its threads; in a fork of its process there is none to end."""
+    if os.getpid() == process_id:
+        model_library.pipespec_destroy(model)
 
 
 def _tail_tables(
@@ -270,6 +314,7 @@ def _tail_tables(
     fields: list[int] = []
     chains: list[int] = []
     for item in tail:
+        assert item.parent_row < item.row, "rows of a branch ascend"
         prefix, rows = slot.sees(item.parent_row)
         rows = [*rows, item.row]
         slot.branches[item.row] = (prefix, rows)

@@ -83,7 +83,8 @@ class Buffer {
 // are zero. A stride that is no power of two keeps the rows of a tile apart in the cache.
 struct Rows {
   Rows(int64_t width, int bytes) : stride(padded(width) + PANEL), bytes(bytes) {}
-  void resize(int64_t count) { memory.resize(count * stride * bytes); }
+  // Makes room for `count` rows, and for what tiles read beyond them.
+  void resize(int64_t count) { memory.resize((count + MAX_BLOCK) * stride * bytes); }
   char* at(int64_t row) const { return memory.as<char>() + row * stride * bytes; }
   float* floats(int64_t row) const { return memory.as<float>() + row * stride; }
   // The first `count` of values.
@@ -210,7 +211,7 @@ class Model {
             shape_.num_cache_rows};
   }
 
-  // Makes room for so many rows, and the padding of tiles.
+  // Makes room for so many rows.
   void reserve(int64_t count) {
     if (padded(count) <= capacity_) return;
     capacity_ = 0;
@@ -221,6 +222,11 @@ class Model {
 
   // The whole forward, run by every thread on its share.
   void work(int thread) {
+    const PlainArithmetic arithmetic;
+    compute(thread);
+  }
+
+  __attribute__((noinline)) void compute(int thread) {
     const int rows = num_rows();
     int first = 0;  // rows before it are done
     for (int row = thread; row < rows; row += num_threads()) embed(row);

@@ -91,6 +91,24 @@ inline Floats exponential(Floats x) {
 // Lanes that are bfloat16 in the upper half of a word.
 inline Floats upper(Words words) { return (Floats)(words & 0xffff0000u); }
 
+// While one lives, its thread rounds to nearest and takes numbers too small to be normal for 0, as
+// products of bfloat16 do anyway: they would cost hundreds of cycles each, and what the caller has
+// set for its own thread must not show in the bits of a result.
+class PlainArithmetic {
+ public:
+#if defined(__x86_64__)
+  PlainArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
+  ~PlainArithmetic() { _mm_setcsr(before_); }
+  PlainArithmetic(const PlainArithmetic&) = delete;
+  PlainArithmetic& operator=(const PlainArithmetic&) = delete;
+
+ private:
+  const unsigned before_;
+#else
+  PlainArithmetic() {}
+#endif
+};
+
 // To bfloat16, to nearest, ties to even.
 inline Halves rounded(Floats vector) {
   const Words words = (Words)vector;
