@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import BYTE_END, make_tiny_pair
 
 from pipespec import benchmark
 from pipespec.commands.equality import Divergence, first_divergence, score_margin
@@ -18,34 +17,16 @@ from pipespec.config import SamplingParams
 from pipespec.results import load_results
 from pipespec.sampling import TOKEN_STREAM, gumbel_noise
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-END = len(ALPHABET)
-
-
-def save_tokenizer(folder: Path) -> None:
-    """One id a byte, and one that ends a text."""
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(ALPHABET)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A draft and a target with random weights of their own, and two prompts."""
     folder = tmp_path_factory.mktemp("models")
-    entries = []
-    for seed, name in enumerate(("draft", "target")):
-        options = {"max_position_embeddings": 256, "eos_token_id": END, "bos_token_id": None}
-        path = make_tiny(folder / name, vocab_size=END + 1, seed=seed, **options)
-        save_tokenizer(path)
-        entries.append({"path": str(path), "devices": "cpu", "dtype": "float32", "threads": 1})
-    (folder / "models.json").write_text(json.dumps(entries))
+    config = make_tiny_pair(folder)
     prompts = [{"text": "The quick brown fox"}, {"text": "def add(a, b):"}]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return [
-        *("--models-config-path", str(folder / "models.json")),
+        *("--models-config-path", str(config)),
         *("--dataset", str(folder / "prompts.json"), "--max-new-tokens", "24"),
     ]
 
@@ -98,7 +79,7 @@ def test_a_difference_that_no_rounding_explains_is_called_one(
     flags: list[str], greedy_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = load_results(greedy_file).results[1]["output_ids"][5]
-    put_token(greedy_file, 1, 5, (drawn + 1) % END)
+    put_token(greedy_file, 1, 5, (drawn + 1) % BYTE_END)
     printed, content = run_chain(flags, greedy_file.parent, capsys)
     assert "sample 1 differs from greedy at output token 5" in printed
     assert "not a near-tie: please report this" in printed
@@ -115,7 +96,7 @@ def test_a_near_tie_is_shown_with_its_margin(
 ) -> None:
     """Two ids with one and the same output row have one and the same logit."""
     drawn = load_results(greedy_file).results[0]["output_ids"][0]
-    twin = END - 1 if drawn != END - 1 else END - 2
+    twin = BYTE_END - 1 if drawn != BYTE_END - 1 else BYTE_END - 2
     config = json.loads(Path(flags[1]).read_text())
     for entry in config:
         weights = Path(entry["path"]) / "model.safetensors"

@@ -1,0 +1,136 @@
+"""The tables of a race as text. Numbers come from `measures`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipespec.comparison.measures import Row, Sameness, Spread, table_rows
+from pipespec.comparison.record import Record
+
+NOTHING: Final = "-"
+HEADLINES: Final = {
+    "device": "Same device for the target",
+    "total": "Same total hardware",
+}
+
+
+def print_tables(record: Record, console: Console) -> None:
+    """Each table under its title, then what a reader must know beside it."""
+    by_table = {table: table_rows(record, table) for table in record.metadata["tables"]}
+    for table, rows in by_table.items():
+        if rows:
+            _line(console, table_title(record, table))
+            _line(console, "")
+            console.print(_table(rows))
+            _line(console, "")
+    for line in (*_variant_lines(by_table), *_slower_lines(by_table), *left_out_lines(record)):
+        _line(console, line)
+
+
+def table_title(record: Record, table: str) -> str:
+    """What the table is of: hardware, models, prompts."""
+    metadata = record.metadata
+    models = " > ".join(model_names(metadata))
+    emulated = "EMULATED: " if metadata["emulated"] else ""
+    prompts = f"{metadata['num_samples']} prompts of {metadata['dataset']}"
+    rounds = max((turn.round for turn in record.turns), default=0)
+    return (
+        f"{emulated}{HEADLINES[table]}: {metadata['tables'][table]}\n"
+        f"{models}, {prompts}, at most {metadata['max_new_tokens']} new tokens, "
+        f"{rounds} round{'' if rounds == 1 else 's'}"
+    )
+
+
+def model_names(metadata: Mapping[str, Any]) -> list[str]:
+    """Short names, smallest draft first."""
+    return [str(model["path"]).rstrip("/").rpartition("/")[2] for model in metadata["models"]]
+
+
+def label(row: Row) -> str:
+    """A contestant's name, with its best variant."""
+    return ", ".join(filter(None, (row.entrant.name, row.variant)))
+
+
+def left_out_lines(record: Record) -> list[str]:
+    """One line for each who did not race to the end, by name and table."""
+    return [
+        f"left out: {entrant.key}: {entrant.left_out}"
+        for entrant in record.entrants
+        if entrant.left_out
+    ]
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("contestant", no_wrap=True)
+    for header in ("tokens/s", "min - max", "decode\ntokens/s", "x greedy", "min - max"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("same text\nas greedy", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    speed, decode, ratio = row.tokens_per_s, row.decode_tokens_per_s, row.ratio
+    return (
+        label(row),
+        _number(speed.median, 1),
+        _range(speed, 1),
+        NOTHING if decode is None else _number(decode.median, 1),
+        NOTHING if ratio is None else f"{ratio.median:.2f}x",
+        NOTHING if ratio is None else _range(ratio, 2),
+        _sameness(row.sameness),
+    )
+
+
+def _sameness(sameness: Sameness | None) -> str:
+    if sameness is None:
+        return NOTHING
+    if sameness.first is None:
+        return "yes"
+    first = sameness.first
+    return f"{sameness.num_equal} of {sameness.num_compared}, {first.unit} {first.position}"
+
+
+def _variant_lines(by_table: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What the variants that are not in a table had: its row is the best of them."""
+    lines = []
+    for row in _rows(by_table):
+        if len(row.others) > 1:
+            listed = ", ".join(f"{name} {_number(x, 1)}" for name, x in row.others.items())
+            lines.append(f"{row.entrant.key}: the best of {listed} tokens/s")
+    return lines
+
+
+def _slower_lines(by_table: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Who would do better to leave a part of the hardware unused."""
+    alone = {row.entrant.name: row.tokens_per_s.median for row in by_table.get("device", ())}
+    return [
+        f"{row.entrant.key}: faster with the target's device alone, {_number(alone[name], 1)}"
+        for row in by_table.get("total", ())
+        if (name := row.entrant.name) in alone and alone[name] > row.tokens_per_s.median
+    ]
+
+
+def _rows(by_table: Mapping[str, Iterable[Row]]) -> list[Row]:
+    """All rows; who stands in both tables once."""
+    found = {row.entrant.key: row for rows in by_table.values() for row in rows}
+    return list(found.values())
+
+
+def _range(spread: Spread, num_digits: int) -> str:
+    return f"{_number(spread.low, num_digits)} - {_number(spread.high, num_digits)}"
+
+
+def _number(value: float, num_digits: int) -> str:
+    return f"{value:,.{num_digits}f}"
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
