@@ -14,7 +14,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pipespec.commands.arguments import Parser, add_generation_arguments, add_input_arguments
 from pipespec.commands.display import Display, make_console
@@ -69,6 +69,7 @@ def make_parser() -> Parser:
         policy=defaults.policy,
         lookahead=defaults.lookahead,
         run_ahead=defaults.run_ahead,
+        outcomes=defaults.outcomes,
         runner="auto",
         transport="ipc",
     )
@@ -92,25 +93,25 @@ def _add_contestants(parser: Parser) -> None:
         nargs="+",
         type=_positive,
         metavar="N",
-        default=choices.chain_lookaheads,
-        help="of chain; its best one is in the tables, beside auto",
+        help="of chain; its best one is in the tables, beside auto"
+        + _told(choices.chain_lookaheads),
     )
     group.add_argument(
         "--outcomes",
+        dest="num_outcomes",
         nargs="+",
         type=int,
         metavar="N",
-        default=choices.outcomes,
-        help="one more async-chain each, which prepares for so many other tokens; 0: none",
+        help="one more async-chain each, which prepares for so many other tokens; 0: none"
+        + _told(choices.outcomes),
     )
     group.add_argument(
         "--assistant-tokens",
         nargs="+",
         type=_assistant_tokens,
         metavar="N",
-        default=choices.assistant_tokens,
         help=f"of assisted generation: {HEURISTIC}, {LIBRARY_DEFAULT} (the library's own), or a "
-        "constant number; its best one is in the tables",
+        f"constant number; its best one is in the tables{_told(choices.assistant_tokens)}",
     )
     group.add_argument(
         "--assistant", metavar="MODEL", help="the draft that assists (default: the smallest)"
@@ -120,8 +121,7 @@ def _add_contestants(parser: Parser) -> None:
         nargs="+",
         type=_positive,
         metavar="N",
-        default=choices.lookup_tokens,
-        help="of prompt lookup; its best one is in the tables",
+        help=f"of prompt lookup; its best one is in the tables{_told(choices.lookup_tokens)}",
     )
 
 
@@ -135,8 +135,8 @@ def _add_race(parser: Parser) -> None:
         "--tables",
         nargs="+",
         choices=TABLES,
-        default=TABLES,
-        help="device: everyone has the target's device; total: all that async-chain has",
+        help="device: everyone has the target's device; total: all that async-chain has"
+        + _told(TABLES),
     )
     group.add_argument(
         "--one-at-a-time",
@@ -159,6 +159,10 @@ def _add_race(parser: Parser) -> None:
     )
     group.add_argument("--force", action="store_true", help="overwrite the file")
     group.add_argument("--verbose", action="store_true", help="log to stderr what happens")
+
+
+def _told(values: Sequence[object]) -> str:
+    return f" (default: {' '.join(map(str, values))})"
 
 
 def _positive(text: str) -> int:
@@ -188,32 +192,22 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
     configure_logging(options.verbose)
     if options.rounds < 1:
         raise UsageError(f"--rounds is {options.rounds}; it must be a positive integer")
-    outcomes, options.outcomes = options.outcomes, Schedule().outcomes
-    commands = tuple(map(parse_command, options.command or ()))
     config = load_models_config(find_models_config(options.models_config_path))
     if len(config) == 1:
         options.strategy = "greedy"  # all that a target alone can do
     settings = read_settings(options)
-    for number in outcomes:
-        Schedule(outcomes=number)  # raises where the number is wrong
-    choices = Choices(
-        tuple(dict.fromkeys(options.chain_lookaheads)),
-        tuple(dict.fromkeys(outcomes)),
-        tuple(dict.fromkeys(options.assistant_tokens)),
-        tuple(dict.fromkeys(options.lookup_tokens)),
-        _assistant(options.assistant, settings),
-        commands,
-    )
+    choices = _choices(options, settings)
+    tables: Sequence[str] = options.tables or TABLES
     path: Path = options.output or _default_path(settings)
     claim(path, force=options.force)
     inputs = read_inputs(settings, options.num_samples)
-    contestants, left_out = _starters(inputs, choices, options)
+    contestants, left_out = _starters(inputs, choices, tables, options)
     record = describe(
         settings,
         inputs,
         contestants,
         left_out,
-        tables=options.tables,
+        tables=tables,
         rounds=options.rounds,
         one_at_a_time=options.one_at_a_time,
         command=("python", "-m", "pipespec.compare", *given),
@@ -223,6 +217,23 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
         display.line(f"note: {warning}")
     _race(contestants, settings, inputs, record, path, options, display)
     return 0
+
+
+def _choices(options: Namespace, settings: Settings) -> Choices:
+    """What the flags choose, each value once; the others have their defaults."""
+    given = {
+        "chain_lookaheads": options.chain_lookaheads,
+        "outcomes": options.num_outcomes,
+        "assistant_tokens": options.assistant_tokens,
+        "lookup_tokens": options.lookup_tokens,
+    }
+    values: dict[str, Any] = {k: tuple(dict.fromkeys(v)) for k, v in given.items() if v}
+    values["assistant"] = _assistant(options.assistant, settings)
+    values["commands"] = tuple(map(parse_command, options.command or ()))
+    choices = Choices(**values)
+    for number in choices.outcomes:
+        Schedule(outcomes=number)  # raises where the number is wrong
+    return choices
 
 
 def _assistant(name: str | None, settings: Settings) -> int:
@@ -237,9 +248,9 @@ def _assistant(name: str | None, settings: Settings) -> int:
 
 
 def _starters(
-    inputs: Inputs, choices: Choices, options: Namespace
+    inputs: Inputs, choices: Choices, tables: Sequence[str], options: Namespace
 ) -> tuple[list[Contestant], list[LeftOut]]:
-    contestants, left_out = line_up(inputs.hierarchy, choices, options.tables)
+    contestants, left_out = line_up(inputs.hierarchy, choices, tables)
     names = [c.name for c in contestants] + [x.name for x in left_out]
     wanted = chosen(names, options.only, options.skip)
     return (

@@ -146,7 +146,8 @@ def chosen(
 def playing_grounds(hierarchy: Hierarchy, tables: Sequence[str] = TABLES) -> dict[str, Places]:
     """Where the models of a synchronous contestant stand, by table. The second table is missing
     where it would be the first again, as for emulated models, which use no hardware."""
-    both = {"device": _on_target(hierarchy.placements), "total": _on_all(hierarchy.placements)}
+    placements = hierarchy.placements
+    both = {"device": _on_target(placements), "total": _on_all(placements, hierarchy.machine)}
     is_emulated = all(model.emulated is not None for model in hierarchy.models)
     if is_emulated or both["device"] == both["total"]:
         return {"device": both["device"]}
@@ -177,13 +178,14 @@ def _on_target(placements: Places) -> Places:
     return (*(draft for _ in placements[:-1]), target)
 
 
-def _on_all(placements: Places) -> Places:
+def _on_all(placements: Places, machine: Machine) -> Places:
     """One process with all cores, or on GPUs with a device a model."""
     if any(place.device != "cpu" for place in placements):
         return placements
     is_pinned = all(place.cores for place in placements)
     cores = tuple(sorted({core for place in placements for core in place.cores}))
-    threads = len(cores) if is_pinned else sum(place.threads for place in placements)
+    wanted = len(cores) if is_pinned else sum(place.threads for place in placements)
+    threads = min(wanted, len(machine.cores))
     everything = replace(placements[-1], cores=cores if is_pinned else (), threads=threads)
     return tuple(everything for _ in placements)
 

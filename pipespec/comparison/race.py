@@ -27,6 +27,7 @@ from pipespec.config import SamplingParams
 from pipespec.decoding import Hierarchy
 
 CHILD: Final = (sys.executable, "-m", "pipespec.comparison.child")
+WARM_UP_TOKENS: Final = 64
 _END_S: Final = 5.0  # for a contestant to end by itself
 
 OnProgress = Callable[[str], None]
@@ -168,7 +169,8 @@ class Race:
                 self._load(contestant).group.pause()
 
     def _load(self, contestant: Contestant) -> Racer:
-        """Starts and warms up a contestant: one text in each variant, whose time does not count."""
+        """Starts and warms up a contestant: one text in each variant, whose time does not count.
+        First calls compile and allocate; policies measure steps, the library's heuristic adapts."""
         settings, key = self._settings, contestant.key
         racer = Racer(contestant, self._run_dir / f"{key}.log", settings.timeout_s)
         self._racers[key] = racer
@@ -182,8 +184,9 @@ class Race:
         info = racer.load(spec, self._environment(contestant))
         self._record.entrant(key).info = info
         first = self._prompts[0]
+        limit = min(WARM_UP_TOKENS, settings.limits[first.index])
         for variant in contestant.variants:
-            racer.generate(first, settings.limits[first.index], variant)
+            racer.generate(first, limit, variant)
         return racer
 
     @contextlib.contextmanager

@@ -76,6 +76,7 @@ def model_of(values: Mapping[str, Any]) -> ModelConfig:
 
 def place_of(values: Mapping[str, Any]) -> StagePlacement:
     """JSON knows no tuples; the sequences of a placement all are."""
-    return StagePlacement(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    )
+    restored: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    return StagePlacement(**restored)
