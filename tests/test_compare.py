@@ -52,7 +52,14 @@ def race(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, str]:
     """One round of two prompts, on the target's device, and what was printed of it."""
     folder = tmp_path_factory.mktemp("race")
     flags = ["--models-config-path", str(make_tiny_pair(folder)), "--rounds", "1"]
-    flags += ["--dataset", write_prompts(folder, PROMPTS), "--max-new-tokens", "12"]
+    flags += [
+        "--dataset",
+        write_prompts(folder, PROMPTS),
+        "--max-new-tokens",
+        "12",
+        "--num-samples",
+        "2",
+    ]
     flags += ["--tables", "device", "--chain-lookaheads", "2", "4", "--timeout", "60"]
     flags += ["--assistant-tokens", "heuristic", "default", "3"]
     flags += ["--only", *OWN, *PEERS, "parrot", "broken", "silent", "chatty"]
@@ -136,7 +143,8 @@ def test_the_file_says_what_ran_where(race: tuple[Record, str]) -> None:
 def emulated_flags(folder: Path, num_models: int = 2, **values: float) -> list[str]:
     config = write_emulated(folder, num_models, **values)
     flags = ["--models-config-path", config, "--dataset", write_prompts(folder, PROMPTS)]
-    return [*flags, "--max-new-tokens", "8", "--output", str(folder / "race.json")]
+    flags += ["--num-samples", "2", "--max-new-tokens", "8"]
+    return [*flags, "--output", str(folder / "race.json")]
 
 
 @pytest.mark.parametrize("extra", [[], ["--one-at-a-time"]])
@@ -146,7 +154,7 @@ def test_emulated_models_race_without_peers(
     flags = [*emulated_flags(tmp_path), *extra, "--rounds", "2", "--only", *OWN, *PEERS]
     assert compare.main([*flags, "--chain-lookaheads", "2", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("EMULATED: Same device for the target: ")
+    assert printed.startswith("EMULATED: Same device for the target: async-chain has")
     assert "Same total hardware" not in printed
     assert all(len(column(printed, name)) == 1 for name in OWN)
     for name in PEERS:

@@ -33,8 +33,10 @@ def turn(
     return Turn(number, contestant, variant, tuple(results))
 
 
-def entrant(name: str, table: str = "device", kind: str = "own") -> Entrant:
-    return Entrant(f"{name}@{table}", name, kind, (table,), {}, {})
+def entrant(
+    name: str, table: str = "device", kind: str = "own", variants: tuple[str, ...] = ("",)
+) -> Entrant:
+    return Entrant(f"{name}@{table}", name, kind, (table,), {}, {}, variants)
 
 
 def record(entrants: list[Entrant], turns: list[Turn], **metadata: Any) -> Record:
@@ -125,16 +127,14 @@ def test_each_table_has_its_own_greedy() -> None:
 
 
 def test_the_best_variant_is_in_the_table_and_all_are_told_below() -> None:
-    turns = [turn(n, "chain@device", s, f"lookahead {k}") for n in (1, 2) for k, s in RATES]
-    race = record([entrant("chain")], turns)
+    rates = ((4, 1.0), (2, 2.0))
+    turns = [turn(n, "chain@device", s, f"lookahead {k}") for n in (1, 2) for k, s in rates]
+    race = record([entrant("chain", variants=("lookahead 2", "lookahead 4"))], turns)
     (row,) = table_rows(race, "device")
     assert (row.variant, row.tokens_per_s.median, row.num_rounds) == ("lookahead 4", 20.0, 2)
     text = printed(race)
     assert "chain, lookahead 4" in text
     assert "chain@device: the best of lookahead 2 10.0, lookahead 4 20.0 tokens/s" in text
-
-
-RATES = ((2, 2.0), (4, 1.0))
 
 
 def test_who_is_faster_with_less_hardware_is_told() -> None:
@@ -206,7 +206,8 @@ def test_a_slow_variant_must_write_the_same_text_too() -> None:
     greedy = turn(1, "greedy@device", 1.0, outputs=("a", "a"))
     fast = turn(1, "chain@device", 1.0, "lookahead 4", outputs=("a", "a"))
     slow = turn(1, "chain@device", 9.0, "lookahead 8", outputs=("a", "b"))
-    race = record([entrant("greedy"), entrant("chain")], [greedy, fast, slow])
+    chain = entrant("chain", variants=("lookahead 4", "lookahead 8"))
+    race = record([entrant("greedy"), chain], [greedy, fast, slow])
     race.outputs = OUTPUTS
     assert "1 of 2, token 2" in printed(race)
 

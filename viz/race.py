@@ -17,7 +17,7 @@ from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record, load
-from pipespec.comparison.tables import HEADLINES, label, model_names
+from pipespec.comparison.tables import HEADLINES, extent, label, model_names
 from pipespec.errors import DataError
 from viz.pictures import check_format, save
 from viz.strategy_comparison import COLORS
@@ -81,12 +81,8 @@ def draw(record: Record, tables: Mapping[str, Sequence[Row]]) -> Figure:
         axes.set_title(f"{HEADLINES[table]}\n{metadata['tables'][table]}", fontsize=10)
         axes.set_xlim(0, _ROOM_FOR_LABELS * fastest)
     emulated = "EMULATED: " if metadata["emulated"] else ""
-    rounds = max(turn.round for turn in record.turns)
-    figure.suptitle(
-        f"{emulated}{' > '.join(model_names(metadata))}, {metadata['num_samples']} prompts of "
-        f"{metadata['dataset']}, {rounds} round{'' if rounds == 1 else 's'}",
-        fontsize=11,
-    )
+    title = f"{emulated}{' > '.join(model_names(metadata))}, {extent(record)}"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

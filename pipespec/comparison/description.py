@@ -13,6 +13,7 @@ from pipespec.commands.settings import Settings
 from pipespec.comparison.contestants import Contestant, LeftOut, Places, playing_grounds
 from pipespec.comparison.record import Entrant, Record
 from pipespec.config import model_to_json
+from pipespec.decoding import Hierarchy
 from pipespec.results import describe_environment
 
 _HEADLINE: Final = (
@@ -57,13 +58,21 @@ def describe(
         "one_at_a_time": one_at_a_time,
         "tokens_per_s": _HEADLINE,
         "tables": {
-            table: _ground_title(table, places, hierarchy.placements)
-            for table, places in grounds.items()
+            table: _ground_title(table, places, hierarchy) for table, places in grounds.items()
         },
         "differences": [],
     }
     entrants = [
-        Entrant(c.key, c.name, c.kind, c.tables, _hardware(c), {**c.settings}) for c in contestants
+        Entrant(
+            c.key,
+            c.name,
+            c.kind,
+            c.tables,
+            _hardware(c),
+            {**c.settings},
+            tuple(variant.label for variant in c.variants),
+        )
+        for c in contestants
     ]
     entrants += [Entrant(x.name, x.name, "", (), {}, {}, left_out=x.why) for x in left_out]
     return Record(metadata, entrants)
@@ -74,12 +83,15 @@ def now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _ground_title(table: str, places: Places, own: Places) -> str:
+def _ground_title(table: str, places: Places, hierarchy: Hierarchy) -> str:
     """One clause: who has what."""
+    if all(model.emulated is not None for model in hierarchy.models):
+        return "async-chain has a device a model"
     everyone = _place_text(places)
     if table == "total":
         return f"everyone has {everyone}"
-    return f"{everyone}; async-chain has {' + '.join(_place_text((place,)) for place in own)}"
+    own = " + ".join(_place_text((place,)) for place in hierarchy.placements)
+    return f"{everyone}; async-chain has {own}"
 
 
 def _place_text(places: Places) -> str:

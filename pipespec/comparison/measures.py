@@ -104,7 +104,7 @@ def table_rows(record: Record, table: str) -> list[Row]:
     is_sampled = bool(record.metadata.get("sampling", {}).get("temperature"))
     rows = []
     for entrant in entrants:
-        by_variant = _by_variant(_turns(record, entrant.key))
+        by_variant = _by_variant(entrant, _turns(record, entrant.key))
         if not by_variant:
             continue
         medians = {label: median(map(tokens_per_s, turns)) for label, turns in by_variant.items()}
@@ -172,8 +172,9 @@ def _turns(record: Record, key: str) -> list[Turn]:
     return [turn for turn in record.turns if turn.contestant == key]
 
 
-def _by_variant(turns: Iterable[Turn]) -> dict[str, list[Turn]]:
-    found: dict[str, list[Turn]] = {}
+def _by_variant(entrant: Entrant, turns: Iterable[Turn]) -> dict[str, list[Turn]]:
+    """In the order of the entrant's variants; those without a turn are left out."""
+    found: dict[str, list[Turn]] = {label: [] for label in entrant.variants}
     for turn in turns:
         found.setdefault(turn.variant, []).append(turn)
-    return found
+    return {label: group for label, group in found.items() if group}

@@ -54,8 +54,8 @@ class Turn:
 @dataclass(slots=True)
 class Entrant:
     """A contestant as the file shows it. key, name, kind, tables: as in `Contestant`. hardware: its
-    cores, threads and devices. info: what its process said of itself. left_out: why it does not
-    race, or no longer; empty while it does."""
+    cores, threads and devices. variants: their labels. info: what its process said of itself.
+    left_out: why it does not race, or no longer; empty while it does."""
 
     key: str
     name: str
@@ -63,6 +63,7 @@ class Entrant:
     tables: tuple[str, ...]
     hardware: Mapping[str, Any]
     settings: Mapping[str, Any]
+    variants: tuple[str, ...] = ("",)
     info: Mapping[str, Any] = field(default_factory=dict)
     left_out: str = ""
 

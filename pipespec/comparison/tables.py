@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipespec.comparison.measures import Row, Sameness, Spread, table_rows
+from pipespec.comparison.contestants import GREEDY
+from pipespec.comparison.measures import Row, Spread, table_rows
 from pipespec.comparison.record import Record
 
 NOTHING: Final = "-"
@@ -37,12 +38,19 @@ def table_title(record: Record, table: str) -> str:
     metadata = record.metadata
     models = " > ".join(model_names(metadata))
     emulated = "EMULATED: " if metadata["emulated"] else ""
-    prompts = f"{metadata['num_samples']} prompts of {metadata['dataset']}"
-    rounds = max((turn.round for turn in record.turns), default=0)
     return (
         f"{emulated}{HEADLINES[table]}: {metadata['tables'][table]}\n"
-        f"{models}, {prompts}, at most {metadata['max_new_tokens']} new tokens, "
-        f"{rounds} round{'' if rounds == 1 else 's'}"
+        f"{models}, {extent(record)}, at most {metadata['max_new_tokens']} new tokens"
+    )
+
+
+def extent(record: Record) -> str:
+    """How much was raced: "6 prompts of stdlib, 3 rounds"."""
+    num_prompts = record.metadata["num_samples"]
+    num_rounds = max((turn.round for turn in record.turns), default=0)
+    return (
+        f"{num_prompts} prompt{_s(num_prompts)} of {record.metadata['dataset']}, "
+        f"{num_rounds} round{_s(num_rounds)}"
     )
 
 
@@ -85,17 +93,18 @@ def _cells(row: Row) -> tuple[str, ...]:
         NOTHING if decode is None else _number(decode.median, 1),
         NOTHING if ratio is None else f"{ratio.median:.2f}x",
         NOTHING if ratio is None else _range(ratio, 2),
-        _sameness(row.sameness),
+        _sameness(row),
     )
 
 
-def _sameness(sameness: Sameness | None) -> str:
-    if sameness is None:
+def _sameness(row: Row) -> str:
+    if row.sameness is None:
         return NOTHING
-    if sameness.first is None:
-        return "yes"
-    first = sameness.first
-    return f"{sameness.num_equal} of {sameness.num_compared}, {first.unit} {first.position}"
+    first = row.sameness.first
+    if first is None:
+        return NOTHING if row.entrant.name == GREEDY else "yes"
+    equal = f"{row.sameness.num_equal} of {row.sameness.num_compared}"
+    return f"{equal}, {first.unit} {first.position}"
 
 
 def _variant_lines(by_table: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -130,6 +139,10 @@ def _range(spread: Spread, num_digits: int) -> str:
 
 def _number(value: float, num_digits: int) -> str:
     return f"{value:,.{num_digits}f}"
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def _line(console: Console, text: str) -> None:
