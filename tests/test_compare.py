@@ -103,7 +103,7 @@ def test_in_float32_peers_and_drafts_write_greedy_s_text(race: tuple[Record, str
 
 def test_a_program_s_other_text_is_told(race: tuple[Record, str]) -> None:
     (row,) = column(race[1], "parrot")
-    assert row.endswith("0 of 2, character 0")
+    assert row.endswith("0/2, char 0")
 
 
 def test_failing_programs_are_one_line_each(race: tuple[Record, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,14 @@ def test_tables_of_emulated_models_say_so() -> None:
     assert title == "EMULATED: Same device for the target: core 1"
 
 
+def test_a_busy_machine_is_told() -> None:
+    calm, busy = (replace(turn(n, "greedy@device", 1.0), foreign_cores=n / 4) for n in (0, 4))
+    assert "busy" not in printed(record([entrant("greedy")], [calm]))
+    text = printed(record([entrant("greedy")], [replace(calm, round=1), busy]))
+    assert "a busy machine: other work took 0.50 of the cores of whoever had its turn" in text
+    assert "at most 1.00" in text
+
+
 # -- the same text ----------------------------------------------------------------------------
 
 OUTPUTS: dict[str, dict[str, Any]] = {
@@ -184,7 +193,7 @@ def test_the_same_text_is_the_same_ids_or_where_there_are_none_the_same_characte
 
 @pytest.mark.parametrize(
     ("other", "position", "unit"),
-    [("b", 2, "token"), ("short", 1, "token"), ("typo", 1, "character")],
+    [("b", 2, "token"), ("short", 1, "token"), ("typo", 1, "char")],
 )
 def test_a_difference_is_told_with_its_first_place(other: str, position: int, unit: str) -> None:
     greedy = [turn(1, "g", 1.0, outputs=("a", "a"))]
@@ -209,7 +218,7 @@ def test_a_slow_variant_must_write_the_same_text_too() -> None:
     chain = entrant("chain", variants=("lookahead 4", "lookahead 8"))
     race = record([entrant("greedy"), chain], [greedy, fast, slow])
     race.outputs = OUTPUTS
-    assert "1 of 2, token 2" in printed(race)
+    assert "1/2, token 2" in printed(race)
 
 
 def test_who_draws_other_noise_is_not_compared() -> None:

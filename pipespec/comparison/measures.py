@@ -31,7 +31,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where an output first differs from greedy's. unit: "token", or "character" where a contestant
+    """Where an output first differs from greedy's. unit: "token", or "char" where a contestant
     shows its text only. Positions count from 0."""
 
     index: int
@@ -164,7 +164,7 @@ def _divergence(
         return None
     shorter = min(len(one), len(other))
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
-    unit = "token" if kind == "token_ids" else "character"
+    unit = "token" if kind == "token_ids" else "char"
     return Divergence(prompt.index, position, unit, prompt.output, expected_key)
 
 

@@ -81,8 +81,8 @@ def make_parser() -> Parser:
 def _main(options: Namespace) -> int:
     published = read_published(options.published, options.group, options.hardware)
     if options.action == "plan":
-        for line in plan(published, options.output_dir):
-            sys.stdout.write("\t".join(line) + "\n")
+        for flags in plan(published, options.output_dir):
+            sys.stdout.write("\t".join(flags) + "\n")
     else:
         console = make_console()
         console.width = max(console.width, _TABLE_WIDTH)
@@ -128,8 +128,10 @@ def plan(published: Published, output_dir: Path) -> list[list[str]]:
     lines: dict[tuple[str, ...], None] = {}
     for run in published.runs:
         config = _write_config(_models_of(run, models), output_dir)
-        common = ("--strategy", run.strategy, "--models-config-path", str(config))
-        common = (*common, "--output-dir", str(output_dir))
+        common = (
+            *("--strategy", run.strategy, "--models-config-path", str(config)),
+            *("--output-dir", str(output_dir)),
+        )
         lines[(*common, *run.flags)] = None
         if run.strategy != "greedy":
             lines[common] = None

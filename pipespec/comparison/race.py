@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 
 from pipespec.commands.inputs import Prompt
 from pipespec.comparison.contestants import Contestant, Variant
+from pipespec.comparison.interference import CoreWatch, ended_children_cpu_s, group_cpu_s
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.comparison.record import PromptResult, Record, Turn, save
 from pipespec.comparison.specification import environment_of, specification
@@ -234,8 +235,10 @@ class Race:
         random.Random(f"{self._settings.order_seed}/{number}/{contestant.key}").shuffle(variants)
         with self._on_track(contestant) as racer:
             for variant in variants:
+                watch = CoreWatch(self._cores(contestant), lambda: group_cpu_s(racer.group.pid))
                 results = [self._result(racer, prompt, variant) for prompt in self._prompts]
-                self._keep(Turn(number, contestant.key, variant.label, tuple(results)))
+                foreign = watch.foreign_cores()
+                self._keep(Turn(number, contestant.key, variant.label, tuple(results), foreign))
 
     def _keep(self, turn: Turn) -> None:
         self._record.turns.append(turn)
@@ -254,6 +257,7 @@ class Race:
         )
 
     def _command_turn(self, number: int, contestant: Contestant) -> Turn:
+        watch = CoreWatch(self._cores(contestant), ended_children_cpu_s)
         with Group(self._run_dir / f"{contestant.key}.log") as group:
             answers = run_command(
                 group,
@@ -275,7 +279,10 @@ class Race:
             )
             for answer in answers
         ]
-        return Turn(number, contestant.key, "", tuple(results))
+        return Turn(number, contestant.key, "", tuple(results), watch.foreign_cores())
+
+    def _cores(self, contestant: Contestant) -> tuple[int, ...]:
+        return contestant.cores or self._hierarchy.machine.cores
 
     def _write_prompts(self) -> None:
         limits = self._settings.limits

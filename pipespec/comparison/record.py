@@ -43,12 +43,14 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One contestant, in one variant, over all prompts. round: from 1."""
+    """One contestant, in one variant, over all prompts. round: from 1. foreign_cores: how many of
+    its cores others kept busy meanwhile, on average; None where that is not known."""
 
     round: int
     contestant: str
     variant: str
     prompts: tuple[PromptResult, ...]
+    foreign_cores: float | None = None
 
 
 @dataclass(slots=True)

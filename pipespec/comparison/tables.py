@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, Final
 
 from rich import box
@@ -10,10 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pipespec.comparison.contestants import GREEDY
-from pipespec.comparison.measures import Row, Spread, table_rows
+from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record
 
 NOTHING: Final = "-"
+ROOMY_WIDTH: Final = 100
+_BUSY_CORES: Final = 0.2
+_SPEED, _SPEEDS, _DECODE = "tokens/s", "slowest-\nfastest", "decode\ntokens/s"
+_RATIO, _RATIOS, _TEXT = "x greedy", "lowest-\nhighest", "same text\nas greedy"
+_HEADERS: Final = (_SPEED, _SPEEDS, _DECODE, _RATIO, _RATIOS, _TEXT)
+_NARROW_HEADERS: Final = (_SPEED, _SPEEDS, _RATIO, _TEXT)
 HEADLINES: Final = {
     "device": "Same device for the target",
     "total": "Same total hardware",
@@ -27,9 +34,14 @@ def print_tables(record: Record, console: Console) -> None:
         if rows:
             _line(console, table_title(record, table))
             _line(console, "")
-            console.print(_table(rows))
+            console.print(_table(rows, console.width))
             _line(console, "")
-    for line in (*_variant_lines(by_table), *_slower_lines(by_table), *left_out_lines(record)):
+    for line in (
+        *_variant_lines(by_table),
+        *_slower_lines(by_table),
+        *left_out_lines(record),
+        *busy_lines(record),
+    ):
         _line(console, line)
 
 
@@ -73,28 +85,42 @@ def left_out_lines(record: Record) -> list[str]:
     ]
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def busy_lines(record: Record) -> list[str]:
+    """A line if the machine had other work to do."""
+    foreign = [turn.foreign_cores for turn in record.turns if turn.foreign_cores is not None]
+    if not foreign or max(foreign) < _BUSY_CORES:
+        return []
+    return [
+        f"a busy machine: other work took {median(foreign):.2f} of the cores of whoever had its "
+        f"turn, at most {max(foreign):.2f}; race again when it is idle"
+    ]
+
+
+def _table(rows: Sequence[Row], width: int) -> Table:
+    """Below a `width` of 100 columns, those that say how sure the others are stay in the file."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("contestant", no_wrap=True)
-    for header in ("tokens/s", "min - max", "decode\ntokens/s", "x greedy", "min - max"):
+    is_roomy = width >= ROOMY_WIDTH
+    for header in _HEADERS if is_roomy else _NARROW_HEADERS:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("same text\nas greedy", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        cells = _cells(row)
+        shown = _HEADERS if is_roomy else _NARROW_HEADERS
+        table.add_row(label(row), *(cells[header] for header in shown))
     return table
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row) -> dict[str, str]:
     speed, decode, ratio = row.tokens_per_s, row.decode_tokens_per_s, row.ratio
-    return (
-        label(row),
-        _number(speed.median, 1),
-        _range(speed, 1),
-        NOTHING if decode is None else _number(decode.median, 1),
+    texts = (
+        _speed(speed.median),
+        f"{_speed(speed.low)}-{_speed(speed.high)}",
+        NOTHING if decode is None else _speed(decode.median),
         NOTHING if ratio is None else f"{ratio.median:.2f}x",
-        NOTHING if ratio is None else _range(ratio, 2),
+        NOTHING if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
         _sameness(row),
     )
+    return dict(zip(_HEADERS, texts, strict=True))
 
 
 def _sameness(row: Row) -> str:
@@ -103,7 +129,7 @@ def _sameness(row: Row) -> str:
     first = row.sameness.first
     if first is None:
         return NOTHING if row.entrant.name == GREEDY else "yes"
-    equal = f"{row.sameness.num_equal} of {row.sameness.num_compared}"
+    equal = f"{row.sameness.num_equal}/{row.sameness.num_compared}"
     return f"{equal}, {first.unit} {first.position}"
 
 
@@ -112,7 +138,7 @@ def _variant_lines(by_table: Mapping[str, Sequence[Row]]) -> list[str]:
     lines = []
     for row in _rows(by_table):
         if len(row.others) > 1:
-            listed = ", ".join(f"{name} {_number(x, 1)}" for name, x in row.others.items())
+            listed = ", ".join(f"{name} {_speed(x)}" for name, x in row.others.items())
             lines.append(f"{row.entrant.key}: the best of {listed} tokens/s")
     return lines
 
@@ -121,7 +147,7 @@ def _slower_lines(by_table: Mapping[str, Sequence[Row]]) -> list[str]:
     """Who would do better to leave a part of the hardware unused."""
     alone = {row.entrant.name: row.tokens_per_s.median for row in by_table.get("device", ())}
     return [
-        f"{row.entrant.key}: faster with the target's device alone, {_number(alone[name], 1)}"
+        f"{row.entrant.key}: faster with the target's device alone, {_speed(alone[name])}"
         for row in by_table.get("total", ())
         if (name := row.entrant.name) in alone and alone[name] > row.tokens_per_s.median
     ]
@@ -133,12 +159,9 @@ def _rows(by_table: Mapping[str, Iterable[Row]]) -> list[Row]:
     return list(found.values())
 
 
-def _range(spread: Spread, num_digits: int) -> str:
-    return f"{_number(spread.low, num_digits)} - {_number(spread.high, num_digits)}"
-
-
-def _number(value: float, num_digits: int) -> str:
-    return f"{value:,.{num_digits}f}"
+def _speed(tokens_per_s: float) -> str:
+    """Four digits or so."""
+    return f"{tokens_per_s:,.{1 if tokens_per_s < 1000 else 0}f}"
 
 
 def _s(count: int) -> str:
