@@ -34,7 +34,7 @@ from pipespec.comparison.contestants import (
 from pipespec.comparison.description import describe, now
 from pipespec.comparison.differences import difference_lines
 from pipespec.comparison.progress import showing
-from pipespec.comparison.race import Race, RaceSettings
+from pipespec.comparison.race import MAX_TRIES, Race, RaceSettings
 from pipespec.comparison.record import Record, claim, save
 from pipespec.comparison.tables import print_tables
 from pipespec.comparison.user_command import PLACEHOLDER, parse_command
@@ -152,6 +152,13 @@ def _add_race(parser: Parser) -> None:
         help="for a contestant to load, or to answer one prompt",
     )
     group.add_argument(
+        "--max-foreign-cores",
+        type=_share,
+        metavar="X",
+        help="repeat a turn during which other work kept more of the contestant's cores busy, up "
+        f"to {MAX_TRIES} times; the repeated ones stay in the file (default: repeat none)",
+    )
+    group.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
@@ -172,13 +179,21 @@ def _positive(text: str) -> int:
 
 
 def _timeout(text: str) -> float:
+    return _above_0(text, "a number of seconds")
+
+
+def _share(text: str) -> float:
+    return _above_0(text, "a number of cores")
+
+
+def _above_0(text: str, what: str) -> float:
     try:
-        seconds = float(text)
+        value = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds <= 1e6:
-        raise ArgumentTypeError(f"{text} is not a number of seconds above 0")
-    return seconds
+        value = 0.0
+    if not 0.0 < value <= 1e6:
+        raise ArgumentTypeError(f"{text} is not {what} above 0")
+    return value
 
 
 def _assistant_tokens(text: str) -> str:
@@ -210,6 +225,7 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
         tables=tables,
         rounds=options.rounds,
         one_at_a_time=options.one_at_a_time,
+        most_foreign_cores=options.max_foreign_cores,
         command=("python", "-m", "pipespec.compare", *given),
     )
     display = Display(make_console())
@@ -277,6 +293,7 @@ def _race(
         base=settings.config_path.parent,
         sampling=generation.sampling,
         limits={p.index: min(generation.max_new_tokens, room - len(p.ids)) for p in inputs.prompts},
+        most_foreign_cores=options.max_foreign_cores,
         environment=os.environ,
     )
     run_dir = make_run_dir()

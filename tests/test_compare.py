@@ -177,6 +177,22 @@ def test_a_contestant_that_cannot_be_loaded_is_left_out(
     assert len(column(printed, "greedy")) == 1
 
 
+def test_a_turn_that_others_disturb_is_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine is busy during the first turns, then it is not."""
+    foreign = iter([1.0, 0.9, 0.0])
+    monkeypatch.setattr("pipespec.comparison.race.await_calm", lambda *_: None)
+    monkeypatch.setattr(
+        "pipespec.comparison.interference.CoreWatch.foreign_cores", lambda _: next(foreign)
+    )
+    flags = [*emulated_flags(tmp_path), "--only", "greedy", "--rounds", "1"]
+    assert compare.main([*flags, "--max-foreign-cores", "0.5"]) == 0
+    assert "2 turns repeated because of other work" in capsys.readouterr().out
+    turns = load(tmp_path / "race.json").turns
+    assert [turn.is_disturbed for turn in turns] == [True, True, False]
+
+
 def test_nobody_to_race_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*emulated_flags(tmp_path), "--only", "transformers"]
     assert compare.main(flags) == 1
@@ -214,6 +230,7 @@ def test_an_interrupted_race_keeps_its_turns_and_prints_their_tables(
     [
         (["--rounds", "0"], "--rounds is 0; it must be a positive integer"),
         (["--timeout", "-1"], "--timeout: -1 is not a number of seconds above 0"),
+        (["--max-foreign-cores", "none"], "--max-foreign-cores: none is not a number of cores"),
         (["--only", "vllm"], "--only: nobody is called vllm"),
         (["--command", "x=run"], "--command x has no {prompts}"),
         (["--command", "chain=run {prompts}"], "--command: the name chain is taken"),

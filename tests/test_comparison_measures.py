@@ -169,6 +169,16 @@ def test_a_busy_machine_is_told() -> None:
     assert "at most 1.00" in text
 
 
+def test_a_turn_that_was_repeated_counts_nowhere() -> None:
+    disturbed = replace(turn(1, "greedy@device", 9.0), foreign_cores=1.5, is_disturbed=True)
+    race = record([entrant("greedy")], [disturbed, turn(1, "greedy@device", 1.0)])
+    (row,) = table_rows(race, "device")
+    assert (row.num_rounds, row.tokens_per_s.low) == (1, 20.0)
+    text = printed(race)
+    assert "1 turn repeated because of other work" in text
+    assert "busy" not in text
+
+
 # -- the same text ----------------------------------------------------------------------------
 
 OUTPUTS: dict[str, dict[str, Any]] = {

@@ -31,6 +31,7 @@ def describe(
     tables: Sequence[str],
     rounds: int,
     one_at_a_time: bool,
+    most_foreign_cores: float | None,
     command: Sequence[str],
 ) -> Record:
     """A record without turns."""
@@ -56,6 +57,7 @@ def describe(
         "sampling": asdict(generation.sampling),
         "rounds": rounds,
         "one_at_a_time": one_at_a_time,
+        "most_foreign_cores": most_foreign_cores,
         "tokens_per_s": _HEADLINE,
         "tables": {
             table: _ground_title(table, places, hierarchy) for table, places in grounds.items()

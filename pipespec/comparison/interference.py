@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 _STAT: Final = Path("/proc/stat")
+_WINDOW_S: Final = 0.3
 _BUSY_FIELDS: Final = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal
 
 
@@ -34,6 +35,18 @@ class CoreWatch:
         elapsed_s = time.monotonic() - self._started_s
         own_s = self._own_cpu_s() - self._own_before_s
         return max(0.0, busy_after_s - self._busy_before_s - own_s) / max(elapsed_s, 1e-9)
+
+
+def await_calm(cores: Sequence[int], most_foreign_cores: float, timeout_s: float) -> None:
+    """Returns when others leave `cores` alone for a moment, at the latest after `timeout_s`; to be
+    called while no contestant is at work."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        watch = CoreWatch(cores, lambda: 0.0)
+        time.sleep(_WINDOW_S)
+        foreign = watch.foreign_cores()
+        if foreign is None or foreign <= most_foreign_cores:
+            return
 
 
 def busy_s(cores: Sequence[int], stat: Path = _STAT) -> float | None:

@@ -5,6 +5,7 @@ prefill included, one prompt at a time: what a user waits for, and the only time
 can tell. *Decode tokens/s* leave out the time to the first tokens, and those tokens. A *ratio* is
 that of two turns of one round, which saw the same machine in the same minutes; of several rounds
 the median is taken, of ratios and not of their parts. The *spread* is the smallest and the largest.
+A turn that others disturbed, and that was repeated for it, counts nowhere.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _divergence(
 
 
 def _turns(record: Record, key: str) -> list[Turn]:
-    return [turn for turn in record.turns if turn.contestant == key]
+    return [turn for turn in record.turns if turn.contestant == key and not turn.is_disturbed]
 
 
 def _by_variant(entrant: Entrant, turns: Iterable[Turn]) -> dict[str, list[Turn]]:

@@ -13,13 +13,19 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pipespec.commands.inputs import Prompt
 from pipespec.comparison.contestants import Contestant, Variant
-from pipespec.comparison.interference import CoreWatch, ended_children_cpu_s, group_cpu_s
+from pipespec.comparison.interference import (
+    CoreWatch,
+    await_calm,
+    ended_children_cpu_s,
+    group_cpu_s,
+)
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.comparison.record import PromptResult, Record, Turn, save
 from pipespec.comparison.specification import environment_of, specification
@@ -29,6 +35,8 @@ from pipespec.decoding import Hierarchy
 
 CHILD: Final = (sys.executable, "-m", "pipespec.comparison.child")
 WARM_UP_TOKENS: Final = 64
+MAX_TRIES: Final = 8
+CALM_TIMEOUT_S: Final = 60.0
 _END_S: Final = 5.0  # for a contestant to end by itself
 
 OnProgress = Callable[[str], None]
@@ -38,8 +46,9 @@ OnProgress = Callable[[str], None]
 class RaceSettings:
     """order_seed: of the order in each round. timeout_s: for a contestant to load, or to answer one
     prompt. one_at_a_time: load for each turn, and unload after it. base: what relative paths in the
-    models config are relative to. limits: new tokens of each prompt, by its index. environment:
-    variables that contestants inherit."""
+    models config are relative to. limits: new tokens of each prompt, by its index.
+    most_foreign_cores: that others may keep busy, else a turn is repeated; None repeats none.
+    environment: variables that contestants inherit."""
 
     rounds: int
     order_seed: int
@@ -48,6 +57,7 @@ class RaceSettings:
     base: Path
     sampling: SamplingParams
     limits: Mapping[int, int]
+    most_foreign_cores: float | None
     environment: Mapping[str, str]
 
 
@@ -229,16 +239,35 @@ class Race:
     def _turns(self, number: int, contestant: Contestant) -> None:
         """One turn for each variant, in an order of the round's own."""
         if contestant.kind == "command":
-            self._keep(self._command_turn(number, contestant))
+            self._calm_turn(contestant, lambda: self._command_turn(number, contestant))
             return
         variants = list(contestant.variants)
         random.Random(f"{self._settings.order_seed}/{number}/{contestant.key}").shuffle(variants)
         with self._on_track(contestant) as racer:
             for variant in variants:
-                watch = CoreWatch(self._cores(contestant), lambda: group_cpu_s(racer.group.pid))
-                results = [self._result(racer, prompt, variant) for prompt in self._prompts]
-                foreign = watch.foreign_cores()
-                self._keep(Turn(number, contestant.key, variant.label, tuple(results), foreign))
+                self._calm_turn(contestant, partial(self._turn, number, racer, variant))
+
+    def _calm_turn(self, contestant: Contestant, take_turn: Callable[[], Turn]) -> None:
+        """A turn; where others are not to disturb it, another one until they do not, but not for
+        ever. That of which they took the least counts, whatever its result."""
+        limit, cores = self._settings.most_foreign_cores, self._cores(contestant)
+        turns: list[Turn] = []
+        for _ in range(1 if limit is None else MAX_TRIES):
+            if limit is not None:
+                await_calm(cores, limit, CALM_TIMEOUT_S)
+            turns.append(take_turn())
+            if limit is None or (turns[-1].foreign_cores or 0.0) <= limit:
+                break
+        best = min(turns, key=lambda turn: turn.foreign_cores or 0.0)
+        for turn in turns:
+            self._keep(replace(turn, is_disturbed=turn is not best))
+
+    def _turn(self, number: int, racer: Racer, variant: Variant) -> Turn:
+        contestant = racer.contestant
+        watch = CoreWatch(self._cores(contestant), lambda: group_cpu_s(racer.group.pid))
+        results = [self._result(racer, prompt, variant) for prompt in self._prompts]
+        foreign = watch.foreign_cores()
+        return Turn(number, contestant.key, variant.label, tuple(results), foreign)
 
     def _keep(self, turn: Turn) -> None:
         self._record.turns.append(turn)

@@ -86,14 +86,19 @@ def left_out_lines(record: Record) -> list[str]:
 
 
 def busy_lines(record: Record) -> list[str]:
-    """A line if the machine had other work to do."""
-    foreign = [turn.foreign_cores for turn in record.turns if turn.foreign_cores is not None]
-    if not foreign or max(foreign) < _BUSY_CORES:
-        return []
-    return [
-        f"a busy machine: other work took {median(foreign):.2f} of the cores of whoever had its "
-        f"turn, at most {max(foreign):.2f}; race again when it is idle"
-    ]
+    """Lines for a machine that had other work to do."""
+    counting = [turn for turn in record.turns if not turn.is_disturbed]
+    foreign = [turn.foreign_cores for turn in counting if turn.foreign_cores is not None]
+    lines = []
+    if num_repeated := len(record.turns) - len(counting):
+        lines.append(f"{num_repeated} turn{_s(num_repeated)} repeated because of other work")
+    if foreign and max(foreign) >= _BUSY_CORES:
+        lines.append(
+            f"a busy machine: other work took {median(foreign):.2f} of the cores of whoever had "
+            f"its turn, at most {max(foreign):.2f}; race again when it is idle, or with "
+            "--max-foreign-cores"
+        )
+    return lines
 
 
 def _table(rows: Sequence[Row], width: int) -> Table:
