@@ -155,8 +155,8 @@ def _add_race(parser: Parser) -> None:
         "--max-foreign-cores",
         type=_share,
         metavar="X",
-        help="repeat a turn during which other work kept more of the contestant's cores busy, up "
-        f"to {MAX_TRIES} times; the repeated ones stay in the file (default: repeat none)",
+        help="repeat a turn during which other work kept more of the race's cores busy, up to "
+        f"{MAX_TRIES} times; the repeated ones stay in the file (default: repeat none)",
     )
     group.add_argument(
         "--output",

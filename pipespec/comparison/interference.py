@@ -1,5 +1,5 @@
-"""How much of a contestant's cores others took while it had its turn: a busy machine spoils a race,
-and its reader must know. Reads /proc, twice a turn; where there is none, nothing is known.
+"""How much of the race's cores others took during a turn: a busy machine spoils a race, and its
+reader must know. Reads /proc, twice a turn; where there is none, nothing is known.
 """
 
 from __future__ import annotations

@@ -130,6 +130,10 @@ class Race:
         self._run_dir = run_dir
         self._on_progress = on_progress
         self._racers: dict[str, Racer] = {}
+        # Of anyone: work on a core beside the contestant's takes of its caches and memory too.
+        is_pinned = all(contestant.cores for contestant in contestants)
+        used = {core for contestant in contestants for core in contestant.cores}
+        self._cores = tuple(sorted(used)) if is_pinned else hierarchy.machine.cores
 
     def __enter__(self) -> Self:
         return self
@@ -239,22 +243,22 @@ class Race:
     def _turns(self, number: int, contestant: Contestant) -> None:
         """One turn for each variant, in an order of the round's own."""
         if contestant.kind == "command":
-            self._calm_turn(contestant, lambda: self._command_turn(number, contestant))
+            self._calm_turn(lambda: self._command_turn(number, contestant))
             return
         variants = list(contestant.variants)
         random.Random(f"{self._settings.order_seed}/{number}/{contestant.key}").shuffle(variants)
         with self._on_track(contestant) as racer:
             for variant in variants:
-                self._calm_turn(contestant, partial(self._turn, number, racer, variant))
+                self._calm_turn(partial(self._turn, number, racer, variant))
 
-    def _calm_turn(self, contestant: Contestant, take_turn: Callable[[], Turn]) -> None:
+    def _calm_turn(self, take_turn: Callable[[], Turn]) -> None:
         """A turn; where others are not to disturb it, another one until they do not, but not for
         ever. That of which they took the least counts, whatever its result."""
-        limit, cores = self._settings.most_foreign_cores, self._cores(contestant)
+        limit = self._settings.most_foreign_cores
         turns: list[Turn] = []
         for _ in range(1 if limit is None else MAX_TRIES):
             if limit is not None:
-                await_calm(cores, limit, CALM_TIMEOUT_S)
+                await_calm(self._cores, limit, CALM_TIMEOUT_S)
             turns.append(take_turn())
             if limit is None or (turns[-1].foreign_cores or 0.0) <= limit:
                 break
@@ -264,7 +268,7 @@ class Race:
 
     def _turn(self, number: int, racer: Racer, variant: Variant) -> Turn:
         contestant = racer.contestant
-        watch = CoreWatch(self._cores(contestant), lambda: group_cpu_s(racer.group.pid))
+        watch = CoreWatch(self._cores, lambda: group_cpu_s(racer.group.pid))
         results = [self._result(racer, prompt, variant) for prompt in self._prompts]
         foreign = watch.foreign_cores()
         return Turn(number, contestant.key, variant.label, tuple(results), foreign)
@@ -286,7 +290,7 @@ class Race:
         )
 
     def _command_turn(self, number: int, contestant: Contestant) -> Turn:
-        watch = CoreWatch(self._cores(contestant), ended_children_cpu_s)
+        watch = CoreWatch(self._cores, ended_children_cpu_s)
         with Group(self._run_dir / f"{contestant.key}.log") as group:
             answers = run_command(
                 group,
@@ -309,9 +313,6 @@ class Race:
             for answer in answers
         ]
         return Turn(number, contestant.key, "", tuple(results), watch.foreign_cores())
-
-    def _cores(self, contestant: Contestant) -> tuple[int, ...]:
-        return contestant.cores or self._hierarchy.machine.cores
 
     def _write_prompts(self) -> None:
         limits = self._settings.limits

@@ -44,8 +44,8 @@ class PromptResult:
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One contestant, in one variant, over all prompts. round: from 1. foreign_cores: how many of
-    its cores others kept busy meanwhile, on average; None where that is not known. is_disturbed:
-    they were too busy, and another turn stands in its place."""
+    the race's cores others kept busy meanwhile, on average; None where that is not known.
+    is_disturbed: they were too busy, and another turn stands in its place."""
 
     round: int
     contestant: str

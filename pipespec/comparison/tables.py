@@ -94,9 +94,8 @@ def busy_lines(record: Record) -> list[str]:
         lines.append(f"{num_repeated} turn{_s(num_repeated)} repeated because of other work")
     if foreign and max(foreign) >= _BUSY_CORES:
         lines.append(
-            f"a busy machine: other work took {median(foreign):.2f} of the cores of whoever had "
-            f"its turn, at most {max(foreign):.2f}; race again when it is idle, or with "
-            "--max-foreign-cores"
+            f"a busy machine: other work took {median(foreign):.2f} cores, at most "
+            f"{max(foreign):.2f}; race again when it is idle, or with --max-foreign-cores"
         )
     return lines
 
