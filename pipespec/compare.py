@@ -8,13 +8,12 @@ and prints the tables of it.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pipespec.commands.arguments import Parser, add_generation_arguments, add_input_arguments
 from pipespec.commands.display import Display, make_console
@@ -33,14 +32,13 @@ from pipespec.comparison.contestants import (
 )
 from pipespec.comparison.description import describe, now
 from pipespec.comparison.differences import difference_lines
-from pipespec.comparison.progress import showing
-from pipespec.comparison.race import MAX_TRIES, Race, RaceSettings
+from pipespec.comparison.race import Race, RaceSettings
 from pipespec.comparison.record import Record, claim, save
 from pipespec.comparison.tables import print_tables
 from pipespec.comparison.user_command import PLACEHOLDER, parse_command
 from pipespec.config import Schedule, find_models_config, load_models_config
+from pipespec.decoding import Hierarchy
 from pipespec.errors import PipeSpecError, UsageError
-from pipespec.worker_spec import make_run_dir
 
 DEFAULT_NUM_SAMPLES: Final = 6
 
@@ -70,6 +68,7 @@ def make_parser() -> Parser:
         lookahead=defaults.lookahead,
         run_ahead=defaults.run_ahead,
         outcomes=defaults.outcomes,
+        tree=defaults.tree,
         runner="auto",
         transport="ipc",
     )
@@ -92,36 +91,35 @@ def _add_contestants(parser: Parser) -> None:
         "--chain-lookaheads",
         nargs="+",
         type=_positive,
+        default=choices.chain_lookaheads,
         metavar="N",
-        help="of chain; its best one is in the tables, beside auto"
-        + _told(choices.chain_lookaheads),
+        help="of chain; its best one is in the tables, beside auto",
     )
     group.add_argument(
         "--outcomes",
         dest="num_outcomes",
         nargs="+",
         type=int,
+        default=choices.outcomes,
         metavar="N",
-        help="one more async-chain each, which prepares for so many other tokens; 0: none"
-        + _told(choices.outcomes),
+        help="one more async-chain each, which prepares for so many other tokens; 0: none",
     )
     group.add_argument(
         "--assistant-tokens",
         nargs="+",
         type=_assistant_tokens,
+        default=choices.assistant_tokens,
         metavar="N",
-        help=f"of assisted generation: {HEURISTIC}, {LIBRARY_DEFAULT} (the library's own), or a "
-        f"constant number; its best one is in the tables{_told(choices.assistant_tokens)}",
-    )
-    group.add_argument(
-        "--assistant", metavar="MODEL", help="the draft that assists (default: the smallest)"
+        help=f"of assisted generation, by the smallest draft: {HEURISTIC}, {LIBRARY_DEFAULT} (the "
+        "library's own), or a constant number; its best one is in the tables",
     )
     group.add_argument(
         "--lookup-tokens",
         nargs="+",
         type=_positive,
+        default=choices.lookup_tokens,
         metavar="N",
-        help=f"of prompt lookup; its best one is in the tables{_told(choices.lookup_tokens)}",
+        help="of prompt lookup; its best one is in the tables",
     )
 
 
@@ -135,8 +133,8 @@ def _add_race(parser: Parser) -> None:
         "--tables",
         nargs="+",
         choices=TABLES,
-        help="device: everyone has the target's device; total: all that async-chain has"
-        + _told(TABLES),
+        default=TABLES,
+        help="device: everyone has the target's device; total: all that async-chain has",
     )
     group.add_argument(
         "--one-at-a-time",
@@ -152,13 +150,6 @@ def _add_race(parser: Parser) -> None:
         help="for a contestant to load, or to answer one prompt",
     )
     group.add_argument(
-        "--max-foreign-cores",
-        type=_share,
-        metavar="X",
-        help="repeat a turn during which other work kept more of the race's cores busy, up to "
-        f"{MAX_TRIES} times; the repeated ones stay in the file (default: repeat none)",
-    )
-    group.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
@@ -168,10 +159,6 @@ def _add_race(parser: Parser) -> None:
     group.add_argument("--verbose", action="store_true", help="log to stderr what happens")
 
 
-def _told(values: Sequence[object]) -> str:
-    return f" (default: {' '.join(map(str, values))})"
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise ArgumentTypeError(f"{text} is not an integer from 1 to 1024")
@@ -179,20 +166,12 @@ def _positive(text: str) -> int:
 
 
 def _timeout(text: str) -> float:
-    return _above_0(text, "a number of seconds")
-
-
-def _share(text: str) -> float:
-    return _above_0(text, "a number of cores")
-
-
-def _above_0(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0.0 < value <= 1e6:
-        raise ArgumentTypeError(f"{text} is not {what} above 0")
+        raise ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return value
 
 
@@ -211,66 +190,61 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
     if len(config) == 1:
         options.strategy = "greedy"  # all that a target alone can do
     settings = read_settings(options)
-    choices = _choices(options, settings)
-    tables: Sequence[str] = options.tables or TABLES
+    choices = _choices(options)
     path: Path = options.output or _default_path(settings)
     claim(path, force=options.force)
     inputs = read_inputs(settings, options.num_samples)
-    contestants, left_out = _starters(inputs, choices, tables, options)
+    contestants, left_out = _starters(inputs.hierarchy, choices, options)
     record = describe(
         settings,
         inputs,
         contestants,
         left_out,
-        tables=tables,
+        options.tables,
+        command=["python", "-m", "pipespec.compare", *given],
         rounds=options.rounds,
         one_at_a_time=options.one_at_a_time,
-        most_foreign_cores=options.max_foreign_cores,
-        command=("python", "-m", "pipespec.compare", *given),
+        load_average_before=os.getloadavg(),
     )
     display = Display(make_console())
     for warning in inputs.warnings:
         display.line(f"note: {warning}")
-    _race(contestants, settings, inputs, record, path, options, display)
+    try:
+        _race(contestants, settings, inputs, options, record, path)
+    except BaseException as error:
+        if record.turns:
+            print_tables(record, display.console)
+            error.add_note(f"what was measured is in {path}")
+        else:
+            path.unlink(missing_ok=True)
+        raise
+    print_tables(record, display.console)
+    for line in (*record.metadata["differences"], "", str(path)):
+        display.line(line)
     return 0
 
 
-def _choices(options: Namespace, settings: Settings) -> Choices:
-    """What the flags choose, each value once; the others have their defaults."""
-    given = {
-        "chain_lookaheads": options.chain_lookaheads,
-        "outcomes": options.num_outcomes,
-        "assistant_tokens": options.assistant_tokens,
-        "lookup_tokens": options.lookup_tokens,
-    }
-    values: dict[str, Any] = {k: tuple(dict.fromkeys(v)) for k, v in given.items() if v}
-    values["assistant"] = _assistant(options.assistant, settings)
-    values["commands"] = tuple(map(parse_command, options.command or ()))
-    choices = Choices(**values)
-    for number in choices.outcomes:
+def _choices(options: Namespace) -> Choices:
+    """What the flags choose, each value once."""
+    for number in options.num_outcomes:
         Schedule(outcomes=number)  # raises where the number is wrong
-    return choices
-
-
-def _assistant(name: str | None, settings: Settings) -> int:
-    """The index of the draft that `--assistant` names."""
-    drafts = [model.name for model in settings.models[:-1]]
-    if name is None:
-        return 0
-    if name not in drafts:
-        listed = ", ".join(drafts) or "none"
-        raise UsageError(f"--assistant: no draft is called {name}; the config has {listed}")
-    return drafts.index(name)
+    return Choices(
+        tuple(dict.fromkeys(options.chain_lookaheads)),
+        tuple(dict.fromkeys(options.num_outcomes)),
+        tuple(dict.fromkeys(options.assistant_tokens)),
+        tuple(dict.fromkeys(options.lookup_tokens)),
+        tuple(map(parse_command, options.command or ())),
+    )
 
 
 def _starters(
-    inputs: Inputs, choices: Choices, tables: Sequence[str], options: Namespace
+    hierarchy: Hierarchy, choices: Choices, options: Namespace
 ) -> tuple[list[Contestant], list[LeftOut]]:
-    contestants, left_out = line_up(inputs.hierarchy, choices, tables)
-    names = [c.name for c in contestants] + [x.name for x in left_out]
+    contestants, left_out = line_up(hierarchy, choices, options.tables)
+    names = [x.name for x in (*contestants, *left_out)]
     wanted = chosen(names, options.only, options.skip)
     return (
-        [c for c in contestants if c.name in wanted],
+        [x for x in contestants if x.name in wanted],
         [x for x in left_out if x.name in wanted],
     )
 
@@ -279,65 +253,40 @@ def _race(
     contestants: Sequence[Contestant],
     settings: Settings,
     inputs: Inputs,
+    options: Namespace,
     record: Record,
     path: Path,
-    options: Namespace,
-    display: Display,
 ) -> None:
-    generation, room = settings.generation, inputs.hierarchy.context_length + 1
+    """Fills the record and its file.
+
+    Raises:
+        PipeSpecError: nobody had a turn.
+    """
+    hierarchy, generation = inputs.hierarchy, settings.generation
+    room = hierarchy.context_length + 1  # the last token is written and not read
     race_settings = RaceSettings(
         rounds=options.rounds,
-        order_seed=generation.sampling.seed,
         timeout_s=settings.ready_timeout_s,
         one_at_a_time=options.one_at_a_time,
         base=settings.config_path.parent,
         sampling=generation.sampling,
         limits={p.index: min(generation.max_new_tokens, room - len(p.ids)) for p in inputs.prompts},
-        most_foreign_cores=options.max_foreign_cores,
-        environment=os.environ,
     )
-    run_dir = make_run_dir()
-    try:
-        save(record, path)
-        with (
-            showing(make_console(stderr=True)) as on_progress,
-            Race(
-                contestants,
-                inputs.hierarchy,
-                inputs.prompts,
-                race_settings,
-                record,
-                path,
-                run_dir,
-                on_progress,
-            ) as race,
-        ):
-            race.run()
-        if not record.turns:
-            raise PipeSpecError("nobody could race: " + "; ".join(_why_not(record)))
-        with library_errors("the comparison with greedy"):
-            record.metadata["differences"] = difference_lines(
-                record, inputs.prompts, inputs.hierarchy, generation.sampling
-            )
-        record.metadata["finished_at"] = now()
-        save(record, path)
-    except BaseException as error:
-        if record.turns:
-            print_tables(record, display.console)
-            error.add_note(f"what was measured is in {path}")
-        else:
-            path.unlink(missing_ok=True)
-        raise
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
-    print_tables(record, display.console)
-    for line in record.metadata["differences"]:
-        display.line(line)
-    display.line(f"\n{path}")
-
-
-def _why_not(record: Record) -> list[str]:
-    return [f"{entrant.key} {entrant.left_out}" for entrant in record.entrants if entrant.left_out]
+    save(record, path)
+    with (
+        Display(make_console(stderr=True)).news() as news,
+        Race(contestants, inputs, race_settings, record, path, news) as race,
+    ):
+        race.run()
+    if not record.turns:
+        why = (f"{entrant.key}: {entrant.left_out}" for entrant in record.entrants)
+        raise PipeSpecError(f"nobody could race: {'; '.join(why)}")
+    with library_errors("the comparison with greedy"):
+        record.metadata["differences"] = difference_lines(
+            record, inputs.prompts, hierarchy, generation.sampling
+        )
+    record.metadata["finished_at"] = now()
+    save(record, path)
 
 
 def _default_path(settings: Settings) -> Path:

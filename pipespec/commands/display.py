@@ -114,6 +114,16 @@ class Display:
 
             yield SampleProgress(redraw, REDRAW_EVERY_S, num_done)
 
+    @contextlib.contextmanager
+    def news(self) -> Iterator[Callable[[str], None]]:
+        """The value says where a command stands, each text in place of the former one."""
+        if not self.console.is_terminal:
+            yield self.line
+            return
+        with self._bars(TextColumn("{task.description}", markup=False)) as bars:
+            task = bars.add_task("")
+            yield lambda text: bars.update(task, description=text, refresh=True)
+
     def _bars(self, *columns: TextColumn | BarColumn | MofNCompleteColumn) -> Progress:
         return Progress(*columns, console=self.console, auto_refresh=False, transient=True)
 

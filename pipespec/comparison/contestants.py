@@ -75,15 +75,14 @@ class Choices:
     """What the user can choose.
 
     chain_lookaheads, assistant_tokens ("default", "heuristic" or a number), lookup_tokens: variants
-    of chain, assisted generation and prompt lookup. outcomes: each one more async-chain.
-    assistant: index of the draft that assists. commands: name and command line of others.
+    of chain, assisted generation and prompt lookup. outcomes: each one more async-chain. commands:
+    name and command line of others.
     """
 
     chain_lookaheads: tuple[int, ...] = (2, 3, 4, 6, 8)
     outcomes: tuple[int, ...] = (2,)
     assistant_tokens: tuple[str, ...] = (HEURISTIC, LIBRARY_DEFAULT)
     lookup_tokens: tuple[int, ...] = (10,)
-    assistant: int = 0
     commands: tuple[tuple[str, str], ...] = ()
 
 
@@ -98,7 +97,7 @@ def line_up(
     grounds = playing_grounds(hierarchy, tables)
     contestants: list[Contestant] = []
     left_out: list[LeftOut] = []
-    entries = _entries(choices, len(hierarchy.models))
+    entries = _entries(choices)
     names = [entry.name for entry in entries]
     taken = next((name for name, _ in choices.commands if names.count(name) > 1), None)
     if taken is not None:
@@ -205,11 +204,10 @@ class _Entry:
     is_async: bool = False
 
 
-def _entries(choices: Choices, num_models: int) -> list[_Entry]:
+def _entries(choices: Choices) -> list[_Entry]:
     chains = [Variant(f"lookahead {n}", {"lookahead": n}) for n in choices.chain_lookaheads]
     assisted = [Variant(_words(text), {"tokens": text}) for text in choices.assistant_tokens]
     lookups = [Variant(f"{n} tokens", {"tokens": n}) for n in choices.lookup_tokens]
-    assistant = min(choices.assistant, max(0, num_models - 2))
     return [
         _Entry(GREEDY, "own", 1, {"strategy": "greedy"}),
         _Entry("chain", "own", 2, {"strategy": "chain"}, tuple(chains)),
@@ -218,13 +216,7 @@ def _entries(choices: Choices, num_models: int) -> list[_Entry]:
         _async("async-chain-pipespec", {"policy": "pipespec", "lookahead": 0}),
         *(_async(f"async-chain-outcomes-{n}", {"outcomes": n}) for n in choices.outcomes if n),
         _Entry("transformers", "transformers", 1, {"mode": "plain"}),
-        _Entry(
-            "transformers-assisted",
-            "transformers",
-            2,
-            {"mode": "assisted", "assistant": assistant},
-            tuple(assisted),
-        ),
+        _Entry("transformers-assisted", "transformers", 2, {"mode": "assisted"}, tuple(assisted)),
         _Entry("transformers-lookup", "transformers", 1, {"mode": "lookup"}, tuple(lookups)),
         *(_Entry(name, "command", 1, {"command": text}) for name, text in choices.commands),
     ]
@@ -269,7 +261,7 @@ def _used(entry: _Entry, places: Places) -> Places:
     if entry.num_models == 1:
         return places[-1:]
     if entry.kind == "transformers":
-        return (places[entry.settings["assistant"]], places[-1])
+        return places[0], places[-1]  # the smallest draft assists
     return places
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from pipespec.commands.inputs import Inputs
 from pipespec.commands.settings import Settings
@@ -16,34 +15,23 @@ from pipespec.config import model_to_json
 from pipespec.decoding import Hierarchy
 from pipespec.results import describe_environment
 
-_HEADLINE: Final = (
-    "all generated tokens by all seconds from each request to its last token, prefill included; "
-    "one prompt at a time"
-)
-
 
 def describe(
     settings: Settings,
     inputs: Inputs,
     contestants: Sequence[Contestant],
     left_out: Sequence[LeftOut],
-    *,
     tables: Sequence[str],
-    rounds: int,
-    one_at_a_time: bool,
-    most_foreign_cores: float | None,
-    command: Sequence[str],
+    **race: Any,
 ) -> Record:
-    """A record without turns."""
-    generation, hierarchy = settings.generation, inputs.hierarchy
-    grounds = playing_grounds(hierarchy, tables)
+    """A record without turns. race: what else its metadata shall say."""
+    hierarchy = inputs.hierarchy
     metadata: dict[str, Any] = {
         "started_at": now(),
         "finished_at": None,
-        "command": list(command),
+        **race,
         **describe_environment(),
         "machine": asdict(hierarchy.machine),
-        "load_average_before": os.getloadavg(),
         "models": [model_to_json(model) for model in settings.models],
         "models_config": str(settings.config_path),
         "emulated": any(model.emulated is not None for model in settings.models),
@@ -53,36 +41,34 @@ def describe(
         "num_samples": len(inputs.prompts),
         "num_prompt_tokens": [len(prompt.ids) for prompt in inputs.prompts],
         "generation_prompt": settings.generation_prompt,
-        "max_new_tokens": generation.max_new_tokens,
-        "sampling": asdict(generation.sampling),
-        "rounds": rounds,
-        "one_at_a_time": one_at_a_time,
-        "most_foreign_cores": most_foreign_cores,
-        "tokens_per_s": _HEADLINE,
+        "max_new_tokens": settings.generation.max_new_tokens,
+        "sampling": asdict(settings.generation.sampling),
         "tables": {
-            table: _ground_title(table, places, hierarchy) for table, places in grounds.items()
+            table: _ground_title(table, places, hierarchy)
+            for table, places in playing_grounds(hierarchy, tables).items()
         },
         "differences": [],
     }
-    entrants = [
-        Entrant(
-            c.key,
-            c.name,
-            c.kind,
-            c.tables,
-            _hardware(c),
-            {**c.settings},
-            tuple(variant.label for variant in c.variants),
-        )
-        for c in contestants
-    ]
-    entrants += [Entrant(x.name, x.name, "", (), {}, {}, left_out=x.why) for x in left_out]
-    return Record(metadata, entrants)
+    absent = [Entrant(x.name, x.name, "", (), (), (), {}, left_out=x.why) for x in left_out]
+    return Record(metadata, [*map(_entrant, contestants), *absent])
 
 
 def now() -> str:
     """ISO 8601, with the offset from UTC."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _entrant(contestant: Contestant) -> Entrant:
+    return Entrant(
+        contestant.key,
+        contestant.name,
+        contestant.kind,
+        contestant.tables,
+        contestant.cores,
+        tuple(asdict(place) for place in contestant.places),
+        contestant.settings,
+        tuple(variant.label for variant in contestant.variants),
+    )
 
 
 def _ground_title(table: str, places: Places, hierarchy: Hierarchy) -> str:
@@ -106,10 +92,3 @@ def _place_text(places: Places) -> str:
         return f"core{'s' if len(cores) > 1 else ''} {', '.join(map(str, cores))}"
     threads = max(place.threads for place in places)
     return f"{threads} thread{'s' if threads > 1 else ''}, unpinned"
-
-
-def _hardware(contestant: Contestant) -> Mapping[str, Any]:
-    return {
-        "cores": contestant.cores,
-        "places": [asdict(place) for place in contestant.places],
-    }

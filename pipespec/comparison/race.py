@@ -9,63 +9,48 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pipespec.commands.inputs import Prompt
+from pipespec.commands.inputs import Inputs, Prompt
 from pipespec.comparison.contestants import Contestant, Variant
-from pipespec.comparison.interference import (
-    CoreWatch,
-    await_calm,
-    ended_children_cpu_s,
-    group_cpu_s,
-)
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.comparison.record import PromptResult, Record, Turn, save
 from pipespec.comparison.specification import environment_of, specification
 from pipespec.comparison.user_command import run_command, write_prompts
 from pipespec.config import SamplingParams
-from pipespec.decoding import Hierarchy
+from pipespec.worker_spec import make_run_dir
 
 CHILD: Final = (sys.executable, "-m", "pipespec.comparison.child")
 WARM_UP_TOKENS: Final = 64
-MAX_TRIES: Final = 8
-CALM_TIMEOUT_S: Final = 60.0
 _END_S: Final = 5.0  # for a contestant to end by itself
-
-OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class RaceSettings:
-    """order_seed: of the order in each round. timeout_s: for a contestant to load, or to answer one
-    prompt. one_at_a_time: load for each turn, and unload after it. base: what relative paths in the
-    models config are relative to. limits: new tokens of each prompt, by its index.
-    most_foreign_cores: that others may keep busy, else a turn is repeated; None repeats none.
-    environment: variables that contestants inherit."""
+    """timeout_s: for a contestant to load, or to answer one prompt. one_at_a_time: load for each
+    turn, and unload after it. base: what relative paths in the models config are relative to.
+    sampling: its seed also shuffles. limits: new tokens of each prompt, by its index."""
 
     rounds: int
-    order_seed: int
     timeout_s: float
     one_at_a_time: bool
     base: Path
     sampling: SamplingParams
     limits: Mapping[int, int]
-    most_foreign_cores: float | None
-    environment: Mapping[str, str]
 
 
 class Racer:
     """One of ours, or of transformers, in its process."""
 
-    def __init__(self, contestant: Contestant, log_path: Path, timeout_s: float) -> None:
-        self.contestant = contestant
+    def __init__(self, log_path: Path, timeout_s: float) -> None:
         self.group = Group(log_path)
         self._timeout_s = timeout_s
 
@@ -106,34 +91,27 @@ class Racer:
 class Race:
     """Lets `contestants` race over `prompts`; what they do goes to `record` and its file.
 
-    A context manager: on its way out every process is ended, whatever happened. run_dir: for logs
-    and the prompts of commands; whoever made it removes it.
+    A context manager: on its way out every process is ended, whatever happened.
     """
 
     def __init__(
         self,
         contestants: Sequence[Contestant],
-        hierarchy: Hierarchy,
-        prompts: Sequence[Prompt],
+        inputs: Inputs,
         settings: RaceSettings,
         record: Record,
         path: Path,
-        run_dir: Path,
-        on_progress: OnProgress,
+        on_progress: Callable[[str], None],
     ) -> None:
         self._contestants = contestants
-        self._hierarchy = hierarchy
-        self._prompts = prompts
+        self._hierarchy = inputs.hierarchy
+        self._prompts = inputs.prompts
         self._settings = settings
         self._record = record
         self._path = path
-        self._run_dir = run_dir
         self._on_progress = on_progress
         self._racers: dict[str, Racer] = {}
-        # Of anyone: work on a core beside the contestant's takes of its caches and memory too.
-        is_pinned = all(contestant.cores for contestant in contestants)
-        used = {core for contestant in contestants for core in contestant.cores}
-        self._cores = tuple(sorted(used)) if is_pinned else hierarchy.machine.cores
+        self._run_dir = make_run_dir()  # for logs, and the prompts of commands
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +126,7 @@ class Race:
         finally:  # also when Ctrl-C cuts the waiting short
             for racer in self._racers.values():
                 racer.group.close()
+            shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def run(self) -> None:
         """All rounds. A contestant that fails is left out from then on.
@@ -158,10 +137,8 @@ class Race:
         self._write_prompts()
         if not self._settings.one_at_a_time:
             self._load_all()
-        orders: list[list[str]] = self._record.metadata.setdefault("orders", [])
         for number in range(1, self._settings.rounds + 1):
             order = self._order(number)
-            orders.append([contestant.key for contestant in order])
             for place, contestant in enumerate(order, 1):
                 where = f"round {number} of {self._settings.rounds}, {place} of {len(order)}"
                 self._on_progress(f"{where}: {contestant.key}")
@@ -171,7 +148,7 @@ class Race:
     def _order(self, number: int) -> list[Contestant]:
         """Whoever still races, in the order of a round."""
         left = [c for c in self._contestants if not self._record.entrant(c.key).left_out]
-        random.Random(f"{self._settings.order_seed}/{number}").shuffle(left)
+        self._random(number).shuffle(left)
         return left
 
     # -- loading ----------------------------------------------------------------------------
@@ -187,7 +164,7 @@ class Race:
         """Starts and warms up a contestant: one text in each variant, whose time does not count.
         First calls compile and allocate; policies measure steps, the library's heuristic adapts."""
         settings, key = self._settings, contestant.key
-        racer = Racer(contestant, self._run_dir / f"{key}.log", settings.timeout_s)
+        racer = Racer(self._run_dir / f"{key}.log", settings.timeout_s)
         self._racers[key] = racer
         spec = specification(
             contestant,
@@ -243,35 +220,17 @@ class Race:
     def _turns(self, number: int, contestant: Contestant) -> None:
         """One turn for each variant, in an order of the round's own."""
         if contestant.kind == "command":
-            self._calm_turn(lambda: self._command_turn(number, contestant))
+            self._keep(self._command_turn(number, contestant))
             return
         variants = list(contestant.variants)
-        random.Random(f"{self._settings.order_seed}/{number}/{contestant.key}").shuffle(variants)
+        self._random(number, contestant.key).shuffle(variants)
         with self._on_track(contestant) as racer:
             for variant in variants:
-                self._calm_turn(partial(self._turn, number, racer, variant))
+                results = [self._result(racer, prompt, variant) for prompt in self._prompts]
+                self._keep(Turn(number, contestant.key, variant.label, tuple(results)))
 
-    def _calm_turn(self, take_turn: Callable[[], Turn]) -> None:
-        """A turn; where others are not to disturb it, another one until they do not, but not for
-        ever. That of which they took the least counts, whatever its result."""
-        limit = self._settings.most_foreign_cores
-        turns: list[Turn] = []
-        for _ in range(1 if limit is None else MAX_TRIES):
-            if limit is not None:
-                await_calm(self._cores, limit, CALM_TIMEOUT_S)
-            turns.append(take_turn())
-            if limit is None or (turns[-1].foreign_cores or 0.0) <= limit:
-                break
-        best = min(turns, key=lambda turn: turn.foreign_cores or 0.0)
-        for turn in turns:
-            self._keep(replace(turn, is_disturbed=turn is not best))
-
-    def _turn(self, number: int, racer: Racer, variant: Variant) -> Turn:
-        contestant = racer.contestant
-        watch = CoreWatch(self._cores, lambda: group_cpu_s(racer.group.pid))
-        results = [self._result(racer, prompt, variant) for prompt in self._prompts]
-        foreign = watch.foreign_cores()
-        return Turn(number, contestant.key, variant.label, tuple(results), foreign)
+    def _random(self, *what: object) -> random.Random:
+        return random.Random("/".join(map(str, (self._settings.sampling.seed, *what))))
 
     def _keep(self, turn: Turn) -> None:
         self._record.turns.append(turn)
@@ -290,7 +249,6 @@ class Race:
         )
 
     def _command_turn(self, number: int, contestant: Contestant) -> Turn:
-        watch = CoreWatch(self._cores, ended_children_cpu_s)
         with Group(self._run_dir / f"{contestant.key}.log") as group:
             answers = run_command(
                 group,
@@ -312,7 +270,7 @@ class Race:
             )
             for answer in answers
         ]
-        return Turn(number, contestant.key, "", tuple(results), watch.foreign_cores())
+        return Turn(number, contestant.key, "", tuple(results))
 
     def _write_prompts(self) -> None:
         limits = self._settings.limits
@@ -324,7 +282,7 @@ class Race:
         return self._run_dir / "prompts.jsonl"
 
     def _environment(self, contestant: Contestant) -> dict[str, str]:
-        return environment_of(contestant, self._hierarchy, self._settings.environment)
+        return environment_of(contestant, self._hierarchy, os.environ)
 
 
 def _wait_for(group: Group, deadline_s: float) -> None:

@@ -43,29 +43,44 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One contestant, in one variant, over all prompts. round: from 1. foreign_cores: how many of
-    the race's cores others kept busy meanwhile, on average; None where that is not known.
-    is_disturbed: they were too busy, and another turn stands in its place."""
+    """One contestant, in one variant, over all prompts. round: from 1."""
 
     round: int
     contestant: str
     variant: str
     prompts: tuple[PromptResult, ...]
-    foreign_cores: float | None = None
-    is_disturbed: bool = False
+
+    @property
+    def tokens_per_s(self) -> float:
+        """All tokens by all the time from each request to its last token, prefill included: what a
+        user waits for, and the only time that every program can tell."""
+        return sum(p.num_tokens for p in self.prompts) / sum(p.seconds for p in self.prompts)
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """The same without the first tokens and the time to them; None where the contestant does
+        not tell when it had them, or wrote none after them."""
+        num_tokens, seconds = 0, 0.0
+        for prompt in self.prompts:
+            if prompt.first_token_s is None or prompt.num_first_tokens is None:
+                return None
+            num_tokens += prompt.num_tokens - prompt.num_first_tokens
+            seconds += prompt.seconds - prompt.first_token_s
+        return num_tokens / seconds if num_tokens > 0 and seconds > 0 else None
 
 
 @dataclass(slots=True)
 class Entrant:
-    """A contestant as the file shows it. key, name, kind, tables: as in `Contestant`. hardware: its
-    cores, threads and devices. variants: their labels. info: what its process said of itself.
-    left_out: why it does not race, or no longer; empty while it does."""
+    """A contestant as the file shows it. key, name, kind, tables, cores, settings: as in
+    `Contestant`. places: of each model, as JSON. variants: their labels. info: what its process
+    said of itself. left_out: why it does not race, or no longer; empty while it does."""
 
     key: str
     name: str
     kind: str
     tables: tuple[str, ...]
-    hardware: Mapping[str, Any]
+    cores: tuple[int, ...]
+    places: tuple[Mapping[str, Any], ...]
     settings: Mapping[str, Any]
     variants: tuple[str, ...] = ("",)
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -127,7 +142,7 @@ def save(record: Record, path: Path) -> None:
         "schema_version": SCHEMA_VERSION,
         "metadata": record.metadata,
         "contestants": [asdict(entrant) for entrant in record.entrants],
-        "turns": [asdict(turn) for turn in record.turns],
+        "turns": [_turn_to_json(turn) for turn in record.turns],
         "outputs": record.outputs,
     }
     temporary = path.with_name(path.name + ".tmp")
@@ -171,9 +186,17 @@ def load(path: Path) -> Record:
         raise DataError(f"{path} is not a whole file of a race ({error})") from error
 
 
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    rates = {
+        "tokens_per_s": turn.tokens_per_s,
+        "decode_tokens_per_s": turn.decode_tokens_per_s,
+    }
+    return {**asdict(turn), **rates}
+
+
 def _turn(values: Mapping[str, Any]) -> Turn:
     prompts = tuple(PromptResult(**prompt) for prompt in values["prompts"])
-    return Turn(**{**values, "prompts": prompts})
+    return Turn(values["round"], values["contestant"], values["variant"], prompts)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def specification(
         places, _ = seen_by_process(places, hierarchy.machine)
         indexes = [len(hierarchy.models) - 1]
         if len(places) == 2:
-            indexes.insert(0, contestant.settings["assistant"])
+            indexes.insert(0, 0)
         spec["folders"] = [str(hierarchy.folders[index]) for index in indexes]
         spec["models"] = [model_to_json(hierarchy.models[index]) for index in indexes]
         spec["eos"] = hierarchy.eos

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any, Final
 
 from rich import box
@@ -15,12 +14,7 @@ from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record
 
 NOTHING: Final = "-"
-ROOMY_WIDTH: Final = 100
-_BUSY_CORES: Final = 0.2
-_SPEED, _SPEEDS, _DECODE = "tokens/s", "slowest-\nfastest", "decode\ntokens/s"
-_RATIO, _RATIOS, _TEXT = "x greedy", "lowest-\nhighest", "same text\nas greedy"
-_HEADERS: Final = (_SPEED, _SPEEDS, _DECODE, _RATIO, _RATIOS, _TEXT)
-_NARROW_HEADERS: Final = (_SPEED, _SPEEDS, _RATIO, _TEXT)
+_HEADERS: Final = ("tokens/s", "slowest-\nfastest", "x greedy", "same text\nas greedy")
 HEADLINES: Final = {
     "device": "Same device for the target",
     "total": "Same total hardware",
@@ -34,13 +28,12 @@ def print_tables(record: Record, console: Console) -> None:
         if rows:
             _line(console, table_title(record, table))
             _line(console, "")
-            console.print(_table(rows, console.width))
+            console.print(_table(rows))
             _line(console, "")
     for line in (
         *_variant_lines(by_table),
         *_slower_lines(by_table),
         *left_out_lines(record),
-        *busy_lines(record),
     ):
         _line(console, line)
 
@@ -85,46 +78,21 @@ def left_out_lines(record: Record) -> list[str]:
     ]
 
 
-def busy_lines(record: Record) -> list[str]:
-    """Lines for a machine that had other work to do."""
-    counting = [turn for turn in record.turns if not turn.is_disturbed]
-    foreign = [turn.foreign_cores for turn in counting if turn.foreign_cores is not None]
-    lines = []
-    if num_repeated := len(record.turns) - len(counting):
-        lines.append(f"{num_repeated} turn{_s(num_repeated)} repeated because of other work")
-    if foreign and max(foreign) >= _BUSY_CORES:
-        lines.append(
-            f"a busy machine: other work took {median(foreign):.2f} cores, at most "
-            f"{max(foreign):.2f}; race again when it is idle, or with --max-foreign-cores"
-        )
-    return lines
-
-
-def _table(rows: Sequence[Row], width: int) -> Table:
-    """Below a `width` of 100 columns, those that say how sure the others are stay in the file."""
+def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("contestant", no_wrap=True)
-    is_roomy = width >= ROOMY_WIDTH
-    for header in _HEADERS if is_roomy else _NARROW_HEADERS:
+    for header in _HEADERS:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        cells = _cells(row)
-        shown = _HEADERS if is_roomy else _NARROW_HEADERS
-        table.add_row(label(row), *(cells[header] for header in shown))
+        speed = row.tokens_per_s
+        table.add_row(
+            label(row),
+            _speed(speed.median),
+            f"{_speed(speed.low)}-{_speed(speed.high)}",
+            NOTHING if row.ratio is None else f"{row.ratio.median:.2f}x",
+            _sameness(row),
+        )
     return table
-
-
-def _cells(row: Row) -> dict[str, str]:
-    speed, decode, ratio = row.tokens_per_s, row.decode_tokens_per_s, row.ratio
-    texts = (
-        _speed(speed.median),
-        f"{_speed(speed.low)}-{_speed(speed.high)}",
-        NOTHING if decode is None else _speed(decode.median),
-        NOTHING if ratio is None else f"{ratio.median:.2f}x",
-        NOTHING if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
-        _sameness(row),
-    )
-    return dict(zip(_HEADERS, texts, strict=True))
 
 
 def _sameness(row: Row) -> str:
