@@ -15,10 +15,11 @@ from pipespec.comparison.contestants import (
     playing_grounds,
     seen_by_process,
 )
+from pipespec.comparison.own import check_outcomes
 from pipespec.comparison.specification import environment_of, specification
-from pipespec.config import ModelConfig, SamplingParams
+from pipespec.config import ModelConfig, SamplingParams, Schedule
 from pipespec.decoding import Hierarchy
-from pipespec.errors import UsageError
+from pipespec.errors import ModelLoadError, UsageError
 from pipespec.placement import Machine, place
 from pipespec.tokenizer.plain import ByteTokenizer
 
@@ -162,11 +163,19 @@ def test_a_target_alone_races_against_what_needs_no_draft() -> None:
     }
 
 
-def test_the_draft_that_assists_can_be_chosen() -> None:
+def test_the_smallest_draft_assists() -> None:
     three = hierarchy("cpu:0", "cpu:1", "cpu:2", num_cores=3)
-    assisted = by_key(line_up(three, Choices(assistant=1))[0])["transformers-assisted@device"]
+    assisted = by_key(line_up(three, Choices())[0])["transformers-assisted@device"]
     spec = specification(assisted, three, base=Path(), sampling=SamplingParams(), timeout_s=1.0)
-    assert [model["path"] for model in spec["models"]] == ["family/model-1", "family/model-2"]
+    assert [model["path"] for model in spec["models"]] == ["family/model-0", "family/model-2"]
+
+
+def test_an_async_chain_that_prepares_no_outcomes_does_not_race_as_one_that_does() -> None:
+    can, cannot = {"num_tail_rows": 64}, {"num_tail_rows": 0}
+    check_outcomes(Schedule(outcomes=2), [can, cannot])
+    check_outcomes(Schedule(outcomes=0), [cannot, cannot])
+    with pytest.raises(ModelLoadError, match="the runners of its drafts prepare no outcomes"):
+        check_outcomes(Schedule(outcomes=2), [cannot, can])
 
 
 def test_variants_are_of_one_process() -> None:

@@ -16,7 +16,6 @@ import psutil
 import pytest
 from processes import is_gone, python, wait_until
 
-from pipespec.comparison.interference import busy_s, group_cpu_s
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.comparison.user_command import (
     CommandAnswer,
@@ -197,7 +196,6 @@ def test_paused_groups_do_not_outlive_a_killed_race(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time
 from pathlib import Path
-from pipespec.comparison.interference import busy_s, group_cpu_s
 from pipespec.comparison.process import Group
 group = Group(Path({str(tmp_path)!r}) / "log")
 waits = "import sys; print('ready', flush=True); sys.stdin.read()"
@@ -213,25 +211,3 @@ time.sleep(600)
         wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
         race.send_signal(signal.SIGKILL)
         wait_until(lambda: is_gone(pid), "the stopped process is left")
-
-
-# -- a busy machine -----------------------------------------------------------------------------
-
-
-def test_busy_time_is_of_the_cores_in_question(tmp_path: Path) -> None:
-    """user nice system idle iowait irq softirq steal; idle and waiting for a disk is not busy."""
-    rows = ("cpu  9 9 9 9 9 9 9 9", "cpu0 1 2 3 90 90 4 5 6 0 0", "cpu1 7 0 0 1 0", "intr 5")
-    (tmp_path / "stat").write_text("\n".join(rows))
-    tick_s = 1 / os.sysconf("SC_CLK_TCK")
-    assert busy_s((0,), tmp_path / "stat") == pytest.approx(21 * tick_s)
-    assert busy_s((0, 1), tmp_path / "stat") == pytest.approx(28 * tick_s)
-    assert busy_s((0,), tmp_path / "none") is None
-
-
-def test_a_group_s_own_work_is_not_foreign(group: Group) -> None:
-    group.start([sys.executable, "-c", "while True: pass"], os.environ)
-    wait_until(lambda: group_cpu_s(group.pid) > 0.05, "it never ran")
-    before = group_cpu_s(group.pid)
-    wait_until(lambda: group_cpu_s(group.pid) > before)
-    group.close()
-    assert group_cpu_s(1 << 22) == 0.0, "no process has such a number"

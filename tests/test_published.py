@@ -42,12 +42,8 @@ def test_the_numbers_are_those_of_the_original_s_files(group: str) -> None:
         lookahead = int(run.flag("--lookahead") or 0) + (run.strategy == "chain")
         name = result_file_name(run.strategy, run.models, lookahead)
         results = load_results(folder / name).results
-        summary = summarise(results)
-        assert summary.ms_per_token == pytest.approx(run.ms_per_token, abs=0.0051)
+        assert summarise(results).ms_per_token == pytest.approx(run.ms_per_token, abs=0.0051)
         assert speed_up(results, greedy).speed_up == pytest.approx(run.speed_up, abs=0.00051)
-        if run.tokens_per_verification is not None:
-            accepted = summary.block_efficiency[-1]
-            assert accepted == pytest.approx(run.tokens_per_verification, abs=0.0051)
 
 
 def test_what_has_not_run_is_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +52,7 @@ def test_what_has_not_run_is_left_open(tmp_path: Path, capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "EMULATED 8b: published, and ours"
     (row,) = [line.split() for line in lines if line.startswith("greedy")]
-    assert row == ["greedy", "8B", "-", "22.5", "1.00x", *["-"] * 5]
+    assert row == ["greedy", "8B", "-", "22.5", "1.00x", *["-"] * 3]
 
 
 def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

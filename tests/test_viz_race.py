@@ -33,7 +33,7 @@ def test_bars_are_medians_and_whiskers_reach_from_slowest_to_fastest() -> None:
     (axes,) = draw(race, read_tables(race, Path("x"))).axes
     assert [patch.get_width() for patch in axes.patches] == [15.0, 15.0]  # type: ignore[attr-defined]
     assert "20.0" in str(max(line.get_xdata()[-1] for line in axes.lines))  # type: ignore[index]
-    assert [text.get_text() for text in axes.texts] == [" 1.00x", " 1.00x"]
+    assert [text.get_text() for text in axes.texts] == [" 1.00x (1.00-1.00)"] * 2
 
 
 def test_the_command_draws_without_torch(path: Path) -> None:

@@ -3,7 +3,7 @@
     python -m viz.race results/compare/RACE.json --output race.png
 
 Bars are medians over the rounds, whiskers reach from the slowest to the fastest round, and the
-number at a bar is the median ratio to greedy within a round. No torch.
+numbers at a bar are the ratio to greedy within a round: median, lowest, highest. No torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PEER_COLOR: Final = "#b2abd2"
 _COMMAND_COLOR: Final = "#4d9221"
-_ROOM_FOR_LABELS: Final = 1.18
+_ROOM_FOR_LABELS: Final = 1.35
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def _draw_table(axes: Axes, rows: Sequence[Row]) -> None:
     )
     for place, row in zip(places, rows):
         if row.ratio is not None:
-            text = f" {row.ratio.median:.2f}x"
+            text = f" {row.ratio.median:.2f}x ({row.ratio.low:.2f}-{row.ratio.high:.2f})"
             axes.text(row.tokens_per_s.high, place, text, va="center", fontsize=9)
     axes.set_yticks(places, [label(row) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,19 @@ def open_own(spec: Mapping[str, Any]) -> Iterator[Speaker]:
         info: dict[str, Any] = {}
         if isinstance(decoder, AsyncChainSpeculativeDecoder):
             info["stages"] = list(decoder.pipeline.infos)
-            if schedule.outcomes and not any(s["num_tail_rows"] for s in info["stages"][:-1]):
-                raise ModelLoadError("the runners of its drafts prepare no outcomes")
+            check_outcomes(schedule, info["stages"])
         yield OwnSpeaker(decoder, SamplingParams(**spec["sampling"]), info)
+
+
+def check_outcomes(schedule: Schedule, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Whether any draft can prepare the outcomes that the schedule asks for; without, this would be
+    another contestant under a wrong name. stages: what each runner says of itself, target last.
+
+    Raises:
+        ModelLoadError: none can.
+    """
+    if schedule.outcomes and not any(stage["num_tail_rows"] for stage in stages[:-1]):
+        raise ModelLoadError("the runners of its drafts prepare no outcomes")
 
 
 def _hierarchy(spec: Mapping[str, Any], strategy: str) -> Hierarchy:

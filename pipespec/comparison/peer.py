@@ -60,9 +60,8 @@ class PeerSpeaker:
         self._mode = mode
         self._sampling = sampling
         self._ends = {"eos_token_id": eos or None, "pad_token_id": eos[0] if eos else 0}
-        self._assisting: dict[
-            str, Any
-        ] = {}  # of each variant; the library's heuristic writes to it
+        # The assistant's settings in each variant: the library's heuristic writes to them.
+        self._assisting: dict[str, Any] = {}
         target.generation_config = GenerationConfig(**self._ends)
         self.info: dict[str, Any] = {
             "num_parameters": target.num_parameters(),

@@ -29,7 +29,7 @@ from pipespec.results import RunFile, load_results, result_file_name
 
 NOTHING: Final = "-"
 EMULATED_PREFIX: Final = "emulated-"
-_TABLE_WIDTH: Final = 124
+_TABLE_WIDTH: Final = 104
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,6 @@ class PublishedRun:
     flags: tuple[str, ...]
     ms_per_token: float
     speed_up: float
-    tokens_per_verification: float | None
 
     def flag(self, name: str) -> str | None:
         """The value of a flag, if it is set."""
@@ -162,8 +161,7 @@ def comparison_table(published: Published, output_dir: Path, group: str) -> tupl
             f"{run.ms_per_token:.1f}",
             f"{run.speed_up:.2f}x",
             *_cells(same, greedy),
-            _ratio(same, run.ms_per_token),
-            *_cells(auto, greedy),
+            _cells(auto, greedy)[0],
         )
     is_emulated = target.emulated is not None
     title = f"{'EMULATED ' if is_emulated else ''}{group}: published, and ours"
@@ -193,9 +191,7 @@ def _empty_table() -> Table:
         "\nspeed-up",
         "ours\nms/token",
         "\nspeed-up",
-        "ours /\npubl.",
-        "our defaults\nms/token",
-        "\nspeed-up",
+        "by default\nms/token",
     ):
         table.add_column(header, justify="right", no_wrap=True)
     return table
@@ -213,11 +209,6 @@ def _cells(run: RunFile | None, greedy: RunFile | None) -> tuple[str, str]:
     )
 
 
-def _ratio(run: RunFile | None, published_ms: float) -> str:
-    ours_ms = None if run is None else summarise(run.results).ms_per_token
-    return NOTHING if ours_ms is None else f"{ours_ms / published_ms:.2f}"
-
-
 def _models_of(run: PublishedRun, models: Sequence[ModelConfig]) -> list[ModelConfig]:
     """The entries of a models config that a run names, emulated or not.
 
@@ -233,20 +224,13 @@ def _models_of(run: PublishedRun, models: Sequence[ModelConfig]) -> list[ModelCo
 
 def _write_config(models: Sequence[ModelConfig], output_dir: Path) -> Path:
     path = output_dir / "configs" / f"{'-'.join(model.name for model in models)}.json"
-    text = json.dumps([_to_json(model) for model in models], indent=2) + "\n"
+    text = json.dumps([model_to_json(model) for model in models], indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise PipeSpecError(f"cannot write {path} ({error.strerror or error})") from error
     return path
-
-
-def _to_json(model: ModelConfig) -> dict[str, Any]:
-    values = model_to_json(model)
-    if model.emulated is not None:
-        values["emulated"] = dict(model.emulated)
-    return values
 
 
 def _load(path: Path) -> RunFile | None:

@@ -43,9 +43,11 @@ def table_title(record: Record, table: str) -> str:
     metadata = record.metadata
     models = " > ".join(model_names(metadata))
     emulated = "EMULATED: " if metadata["emulated"] else ""
+    temperature = metadata["sampling"]["temperature"]
+    sampled = f", temperature {temperature:g}" if temperature else ""
     return (
         f"{emulated}{HEADLINES[table]}: {metadata['tables'][table]}\n"
-        f"{models}, {extent(record)}, at most {metadata['max_new_tokens']} new tokens"
+        f"{models}, {extent(record)}, at most {metadata['max_new_tokens']} new tokens{sampled}"
     )
 
 
