@@ -16,6 +16,7 @@ import psutil
 import pytest
 from processes import is_gone, python, wait_until
 
+from pipespec.commands.inputs import Prompt
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.comparison.user_command import (
     CommandAnswer,
@@ -47,8 +48,8 @@ def group(tmp_path: Path) -> Iterator[Group]:
 def run(group: Group, program: str, timeout_s: float = 30.0) -> list[CommandAnswer]:
     """A turn of a Python program over two prompts."""
     path = group.log_path.parent / "prompts.jsonl"
-    prompts = [(index, f"text {index}", [1, 2, 3], LIMITS[index]) for index in LIMITS]
-    write_prompts(path, prompts, SamplingParams())
+    prompts = [Prompt(index, f"text {index}", (1, 2, 3)) for index in LIMITS]
+    write_prompts(path, prompts, LIMITS, SamplingParams())
     (group.log_path.parent / "program.py").write_text(program)
     script = shlex.quote(str(group.log_path.parent / "program.py"))
     return run_command(

@@ -134,13 +134,14 @@ class Race:
         Raises:
             PipeSpecError: the file cannot be written.
         """
-        self._write_prompts()
-        if not self._settings.one_at_a_time:
+        settings = self._settings
+        write_prompts(self._prompts_path, self._prompts, settings.limits, settings.sampling)
+        if not settings.one_at_a_time:
             self._load_all()
-        for number in range(1, self._settings.rounds + 1):
+        for number in range(1, settings.rounds + 1):
             order = self._order(number)
             for place, contestant in enumerate(order, 1):
-                where = f"round {number} of {self._settings.rounds}, {place} of {len(order)}"
+                where = f"round {number} of {settings.rounds}, {place} of {len(order)}"
                 self._on_progress(f"{where}: {contestant.key}")
                 with self._leaving_out(contestant, f"in round {number}"):
                     self._turns(number, contestant)
@@ -271,11 +272,6 @@ class Race:
             for answer in answers
         ]
         return Turn(number, contestant.key, "", tuple(results))
-
-    def _write_prompts(self) -> None:
-        limits = self._settings.limits
-        prompts = [(p.index, p.text, p.ids, limits[p.index]) for p in self._prompts]
-        write_prompts(self._prompts_path, prompts, self._settings.sampling)
 
     @property
     def _prompts_path(self) -> Path:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pipespec.commands.inputs import Prompt
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.config import SamplingParams
 from pipespec.errors import UsageError
@@ -61,24 +62,20 @@ def parse_command(text: str) -> tuple[str, str]:
 
 
 def write_prompts(
-    path: Path,
-    prompts: Sequence[tuple[int, str, Sequence[int], int]],
-    sampling: SamplingParams,
+    path: Path, prompts: Sequence[Prompt], limits: Mapping[int, int], sampling: SamplingParams
 ) -> None:
-    """prompts: index, text, token ids, limit of new tokens."""
-    lines = [
-        json.dumps(
-            {
-                "index": index,
-                "prompt": text,
-                "token_ids": list(ids),
-                "max_new_tokens": limit,
-                **asdict(sampling),
-            }
-        )
-        for index, text, ids, limit in prompts
+    """The file that a program reads. limits: of new tokens, by a prompt's index."""
+    rows = [
+        {
+            "index": prompt.index,
+            "prompt": prompt.text,
+            "token_ids": prompt.ids,
+            "max_new_tokens": limits[prompt.index],
+            **asdict(sampling),
+        }
+        for prompt in prompts
     ]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def run_command(
@@ -127,14 +124,7 @@ def read_answer(line: bytes, limits: Mapping[int, int]) -> CommandAnswer:
     Raises:
         ContestantFailed: naming what is wrong with it.
     """
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        shown = line.decode("utf-8", errors="replace").strip()
-        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
-        raise ContestantFailed(f"printed a line that is no JSON object: {shown}")
+    values = _object(line)
     index = values.get("index")
     if type(index) is not int or index not in limits:
         raise ContestantFailed(f'printed "index": {_shown(index)}, which no prompt has')
@@ -165,6 +155,17 @@ def read_answer(line: bytes, limits: Mapping[int, int]) -> CommandAnswer:
     )
 
 
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        text = _short(line.decode("utf-8", errors="replace").strip())
+        raise ContestantFailed(f"printed a line that is no JSON object: {text}")
+    return values
+
+
 def _are_ids(value: Any, count: int) -> bool:
     is_list = isinstance(value, list) and len(value) == count
     return is_list and all(type(token) is int and token >= 0 for token in value)
@@ -177,5 +178,8 @@ def _seconds(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    return _short(json.dumps(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
