@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import BYTE_END, make_tiny_pair
+from tiny import END, make_tiny, save_tokenizer
 
 from pipespec import benchmark
 from pipespec.commands.equality import Divergence, first_divergence, score_margin
@@ -22,11 +22,17 @@ from pipespec.sampling import TOKEN_STREAM, gumbel_noise
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A draft and a target with random weights of their own, and two prompts."""
     folder = tmp_path_factory.mktemp("models")
-    config = make_tiny_pair(folder)
+    entries = []
+    for seed, name in enumerate(("draft", "target")):
+        options = {"max_position_embeddings": 256, "eos_token_id": END, "bos_token_id": None}
+        path = make_tiny(folder / name, vocab_size=END + 1, seed=seed, **options)
+        save_tokenizer(path)
+        entries.append({"path": str(path), "devices": "cpu", "dtype": "float32", "threads": 1})
+    (folder / "models.json").write_text(json.dumps(entries))
     prompts = [{"text": "The quick brown fox"}, {"text": "def add(a, b):"}]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return [
-        *("--models-config-path", str(config)),
+        *("--models-config-path", str(folder / "models.json")),
         *("--dataset", str(folder / "prompts.json"), "--max-new-tokens", "24"),
     ]
 
@@ -79,7 +85,7 @@ def test_a_difference_that_no_rounding_explains_is_called_one(
     flags: list[str], greedy_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = load_results(greedy_file).results[1]["output_ids"][5]
-    put_token(greedy_file, 1, 5, (drawn + 1) % BYTE_END)
+    put_token(greedy_file, 1, 5, (drawn + 1) % END)
     printed, content = run_chain(flags, greedy_file.parent, capsys)
     assert "sample 1 differs from greedy at output token 5" in printed
     assert "not a near-tie: please report this" in printed
@@ -96,7 +102,7 @@ def test_a_near_tie_is_shown_with_its_margin(
 ) -> None:
     """Two ids with one and the same output row have one and the same logit."""
     drawn = load_results(greedy_file).results[0]["output_ids"][0]
-    twin = BYTE_END - 1 if drawn != BYTE_END - 1 else BYTE_END - 2
+    twin = END - 1 if drawn != END - 1 else END - 2
     config = json.loads(Path(flags[1]).read_text())
     for entry in config:
         weights = Path(entry["path"]) / "model.safetensors"

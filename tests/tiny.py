@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
-BYTE_END = 256  # of `save_byte_tokenizer`: the id after those of the bytes
+END = 256  # of the tokenizer that `save_tokenizer` writes
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One id a byte, and one that ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def make_tiny(
@@ -62,27 +74,15 @@ def make_tiny(
     return folder
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer with one id a byte, and one that ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-
-
-def make_tiny_pair(folder: Path, devices: Sequence[str] = ("cpu", "cpu")) -> Path:
-    """Writes "draft" and "target" with random weights of their own and a byte tokenizer, and
-    `models.json`, whose path it returns."""
+def make_tiny_pair(folder: Path) -> Path:
+    """Writes "draft" and "target", for the CPU in float32, with random weights of their own and one
+    tokenizer, and `models.json`, whose path it returns."""
     entries = []
-    for seed, (name, device) in enumerate(zip(("draft", "target"), devices)):
-        options = {"max_position_embeddings": 256, "eos_token_id": BYTE_END, "bos_token_id": None}
-        path = make_tiny(folder / name, vocab_size=BYTE_END + 1, seed=seed, **options)
-        save_byte_tokenizer(path)
-        entries.append({"path": str(path), "devices": device, "dtype": "float32", "threads": 1})
+    for seed, name in enumerate(("draft", "target")):
+        options = {"max_position_embeddings": 256, "eos_token_id": END, "bos_token_id": None}
+        path = make_tiny(folder / name, vocab_size=END + 1, seed=seed, **options)
+        save_tokenizer(path)
+        entries.append({"path": str(path), "devices": "cpu", "dtype": "float32", "threads": 1})
     config = folder / "models.json"
     config.write_text(json.dumps(entries))
     return config
