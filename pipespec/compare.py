@@ -15,11 +15,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from pipespec.commands.arguments import Parser, add_generation_arguments, add_input_arguments
+from pipespec.commands.arguments import (
+    Parser,
+    add_engine_arguments,
+    add_generation_arguments,
+    add_input_arguments,
+)
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, library_errors, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
-from pipespec.commands.settings import Settings, read_settings
+from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.comparison.contestants import (
     HEURISTIC,
     LIBRARY_DEFAULT,
@@ -56,22 +61,14 @@ def make_parser() -> Parser:
         description="Races greedy, chain, async-chain, transformers and any program of yours over "
         "the same prompts on the same hardware, interleaved and repeated.",
     )
+    engine = Parser(add_help=False)
+    add_engine_arguments(engine, DEFAULT_READY_TIMEOUT_S)
+    # Each contestant has a schedule of its own; what it leaves open is as in a benchmark.
+    parser.set_defaults(strategy="all", stop=None, **vars(engine.parse_args([])))
     add_input_arguments(parser)
     add_generation_arguments(parser, stop=False)
     _add_contestants(parser)
     _add_race(parser)
-    defaults = Schedule()
-    parser.set_defaults(
-        strategy="all",
-        stop=None,
-        policy=defaults.policy,
-        lookahead=defaults.lookahead,
-        run_ahead=defaults.run_ahead,
-        outcomes=defaults.outcomes,
-        tree=defaults.tree,
-        runner="auto",
-        transport="ipc",
-    )
     return parser
 
 

@@ -38,11 +38,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def add_input_arguments(
-    parser: Parser, strategies: Sequence[str] = (), default: str | None = None
-) -> None:
-    """What runs on what: strategy (of those given; a command that knows its own has none), models,
-    data set."""
+def add_input_arguments(parser: Parser, strategies: Sequence[str] = (), default: str = "") -> None:
+    """What runs on what: strategy (unless there is nothing to choose), models, data set."""
     group = parser.add_argument_group("what to run")
     if strategies:
         group.add_argument(
