@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,18 @@ def test_on_cores_everyone_has_the_target_s_core_and_then_all_cores() -> None:
         assert (total.cores, total.tables) == ((100, 101), ("total",))
         assert {place.threads for place in device.places} == {1}
         assert {place.threads for place in total.places} == {2}
+
+
+def test_a_small_draft_in_a_process_with_all_cores_has_no_more_threads_than_it_can_use(
+    tmp_path: Path,
+) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_attention_heads": 4, "vocab_size": 257, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    small = replace(TWO_CORES, folders=(tmp_path, None))
+    draft, target = playing_grounds(small)["total"]
+    assert draft.cores == target.cores == (100, 101)
+    assert (draft.threads, target.threads) == (1, 2)
 
 
 def test_async_chain_has_its_own_places_and_stands_in_both_tables() -> None:

@@ -1,4 +1,4 @@
-"""Who races, on which hardware, in which variants. Pure: nothing is started here.
+"""Who races, on which hardware, in which variants. Nothing is started or loaded here.
 
 Two tables compare on equal hardware. *device*: everyone has the target's device; only async-chain,
 which is made for it, has a device a model as the config says. *total*: everyone has all that
@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
+from pipespec.checkpoint import CheckpointShape
 from pipespec.config import ModelConfig
 from pipespec.decoding import Hierarchy
 from pipespec.errors import UsageError
-from pipespec.placement import Machine, StagePlacement, in_process
+from pipespec.placement import Machine, StagePlacement, in_process, place
 
 TABLES: Final = ("device", "total")
 GREEDY: Final = "greedy"
@@ -146,7 +147,7 @@ def playing_grounds(hierarchy: Hierarchy, tables: Sequence[str] = TABLES) -> dic
     """Where the models of a synchronous contestant stand, by table. The second table is missing
     where it would be the first again, as for emulated models, which use no hardware."""
     placements = hierarchy.placements
-    both = {"device": _on_target(placements), "total": _on_all(placements, hierarchy.machine)}
+    both = {"device": _on_target(placements), "total": _on_all(hierarchy)}
     is_emulated = all(model.emulated is not None for model in hierarchy.models)
     if is_emulated or both["device"] == both["total"]:
         return {"device": both["device"]}
@@ -177,8 +178,9 @@ def _on_target(placements: Places) -> Places:
     return (*(draft for _ in placements[:-1]), target)
 
 
-def _on_all(placements: Places, machine: Machine) -> Places:
+def _on_all(hierarchy: Hierarchy) -> Places:
     """One process with all cores, or on GPUs with a device a model."""
+    placements, machine = hierarchy.placements, hierarchy.machine
     if any(place.device != "cpu" for place in placements):
         return placements
     is_pinned = all(place.cores for place in placements)
@@ -186,7 +188,22 @@ def _on_all(placements: Places, machine: Machine) -> Places:
     wanted = len(cores) if is_pinned else sum(place.threads for place in placements)
     threads = min(wanted, len(machine.cores))
     everything = replace(placements[-1], cores=cores if is_pinned else (), threads=threads)
-    return tuple(everything for _ in placements)
+    drafts = range(len(placements) - 1)
+    return (
+        *(replace(everything, threads=min(threads, _useful_threads(hierarchy, i))) for i in drafts),
+        everything,
+    )
+
+
+def _useful_threads(hierarchy: Hierarchy, index: int) -> int:
+    """As many as a small model can use: with more, a synchronous chain would only be slower."""
+    folder = hierarchy.folders[index]
+    if folder is None:
+        return len(hierarchy.machine.cores)
+    model = replace(hierarchy.models[index], devices=("cpu",))
+    num_bytes = CheckpointShape.read(folder).weight_bytes(model.dtype, model.quantize)
+    (alone,) = place((model,), hierarchy.machine, [num_bytes / (1 << 30)])
+    return alone.threads
 
 
 # -- entries --------------------------------------------------------------------------------
