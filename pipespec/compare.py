@@ -238,7 +238,7 @@ def _starters(
     hierarchy: Hierarchy, choices: Choices, options: Namespace
 ) -> tuple[list[Contestant], list[LeftOut]]:
     contestants, left_out = line_up(hierarchy, choices, options.tables)
-    names = [x.name for x in (*contestants, *left_out)]
+    names = [*(x.name for x in contestants), *(x.name for x in left_out)]
     wanted = chosen(names, options.only, options.skip)
     return (
         [x for x in contestants if x.name in wanted],
