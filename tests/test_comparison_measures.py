@@ -45,6 +45,7 @@ def record(entrants: list[Entrant], turns: list[Turn], **metadata: Any) -> Recor
         "num_samples": 2,
         "max_new_tokens": 10,
         "sampling": {"temperature": 0.0},
+        "load_average_before": [0.2, 0.5, 3.0],
         "tables": {"device": "core 1", "total": "everyone has cores 0, 1"},
         **metadata,
     }
@@ -155,6 +156,13 @@ def test_tables_of_emulated_models_say_so() -> None:
     turns = [turn(1, "greedy@device", 1.0)]
     title = printed(record([entrant("greedy")], turns, emulated=True)).splitlines()[0]
     assert title == "EMULATED: Same device for the target: core 1"
+
+
+def test_a_busy_machine_is_told() -> None:
+    turns = [turn(1, "greedy@device", 1.0)]
+    assert "busy" not in printed(record([entrant("greedy")], turns))
+    text = printed(record([entrant("greedy")], turns, load_average_before=[2.14, 1.0, 1.0]))
+    assert "a busy machine: load average 2.1 before the race; repeat it on an idle one" in text
 
 
 # -- the same text ----------------------------------------------------------------------------

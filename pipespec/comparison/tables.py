@@ -14,6 +14,7 @@ from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record
 
 NOTHING: Final = "-"
+_BUSY_LOAD: Final = 1.0
 _HEADERS: Final = ("tokens/s", "slowest-\nfastest", "x greedy", "same text\nas greedy")
 HEADLINES: Final = {
     "device": "Same device for the target",
@@ -34,6 +35,7 @@ def print_tables(record: Record, console: Console) -> None:
         *_variant_lines(by_table),
         *_slower_lines(by_table),
         *left_out_lines(record),
+        *busy_lines(record.metadata),
     ):
         _line(console, line)
 
@@ -78,6 +80,15 @@ def left_out_lines(record: Record) -> list[str]:
         for entrant in record.entrants
         if entrant.left_out
     ]
+
+
+def busy_lines(metadata: Mapping[str, Any]) -> list[str]:
+    """A line where the machine had other work when the race began; of all there is to disturb one,
+    this does it most."""
+    load = metadata["load_average_before"][0]
+    if load < _BUSY_LOAD:
+        return []
+    return [f"a busy machine: load average {load:.1f} before the race; repeat it on an idle one"]
 
 
 def _table(rows: Sequence[Row]) -> Table:
