@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PEER_COLOR: Final = "#b2abd2"
 _COMMAND_COLOR: Final = "#4d9221"
-_ROOM_FOR_LABELS: Final = 1.35
+_ROOM_FOR_LABELS: Final = 1.42
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
