@@ -48,6 +48,41 @@ def test_local_passes_on_how_the_benchmark_ended() -> None:
     assert "there is no file nowhere.json" in run.stderr
 
 
+def test_reproduce_paper_explains_itself() -> None:
+    run = run_script("reproduce_paper.sh", "--help")
+    assert run.returncode == 0, run.stderr
+    assert "Usage: launch/reproduce_paper.sh [emulated|real] [70b|8b|all] [FLAG...]" in run.stdout
+    wrong = run_script("reproduce_paper.sh", "13b")
+    assert wrong.returncode == 2
+    assert wrong.stderr == (
+        "error: 13b is neither emulated, real, 70b, 8b, all nor a flag; see --help\n"
+    )
+
+
+def test_reproduce_paper_prints_the_published_table_beside_ours(tmp_path: Path) -> None:
+    data, output = write_prompts(tmp_path, ["one"]), tmp_path / "out"
+    flags = ["--dataset", data, "--max-new-tokens", "4"]
+    run = run_script("reproduce_paper.sh", "emulated", "8b", *flags, OUTPUT_DIR=str(output))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("EMULATED 8b: published, and ours\n")
+    rows = [line.split() for line in run.stdout.splitlines() if " 1B > 8B " in line]
+    assert [row[0] for row in rows] == ["chain", "async-chain", "async-chain"]
+    assert not [row for row in rows if "-" in row], "a run is missing"
+    assert len(list(output.glob("*.json"))) == 6
+
+    again = run_script("reproduce_paper.sh", "emulated", "8b", *flags, OUTPUT_DIR=str(output))
+    assert again.stderr.count("done before") == 6
+    assert again.stdout == run.stdout
+
+
+def test_reproduce_paper_ends_with_a_run_that_fails(tmp_path: Path) -> None:
+    flags = ["--dataset", str(tmp_path / "nowhere.jsonl")]
+    run = run_script("reproduce_paper.sh", "emulated", "8b", *flags, OUTPUT_DIR=str(tmp_path))
+    assert run.returncode == 2
+    assert "nowhere.jsonl" in run.stderr
+    assert run.stdout == ""
+
+
 def test_the_slurm_job_runs_the_benchmark_as_a_job_step(tmp_path: Path) -> None:
     """With an `srun` that notes that it was asked and runs its command here."""
     programs = tmp_path / "bin"

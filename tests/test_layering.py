@@ -25,10 +25,10 @@ LAYERS = (
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
-    ("dry_run", "commands", "benchmark", "run_example", "fit_emulation"),
+    ("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "comparison", "compare"),
 )
 # Commands that live beside what they are about; nothing may import them.
-COMMANDS = ("demo.train", "demo.evaluate")
+COMMANDS = ("demo.train", "demo.evaluate", "comparison.published")
 LEVEL = {name: level for level, names in enumerate((*LAYERS, COMMANDS)) for name in names}
 
 
@@ -75,6 +75,7 @@ LIGHT = (
     *("pipespec.placement", "pipespec.checkpoint", "pipespec.tokenizer", "pipespec.data"),
     *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
     *("pipespec.emulation", "pipespec.fit_emulation"),
+    *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,19 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+END = 256  # of the tokenizer that `save_tokenizer` writes
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One id a byte, and one that ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def make_tiny(
@@ -58,6 +72,20 @@ def make_tiny(
         torch.random.set_rng_state(state)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def make_tiny_pair(folder: Path) -> Path:
+    """Writes "draft" and "target", for the CPU in float32, with random weights of their own and one
+    tokenizer, and `models.json`, whose path it returns."""
+    entries = []
+    for seed, name in enumerate(("draft", "target")):
+        options = {"max_position_embeddings": 256, "eos_token_id": END, "bos_token_id": None}
+        path = make_tiny(folder / name, vocab_size=END + 1, seed=seed, **options)
+        save_tokenizer(path)
+        entries.append({"path": str(path), "devices": "cpu", "dtype": "float32", "threads": 1})
+    config = folder / "models.json"
+    config.write_text(json.dumps(entries))
+    return config
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -38,15 +38,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def add_input_arguments(parser: Parser, strategies: Sequence[str], default: str) -> None:
-    """What runs on what: strategy, models, data set."""
+def add_input_arguments(parser: Parser, strategies: Sequence[str] = (), default: str = "") -> None:
+    """What runs on what: strategy (unless there is nothing to choose), models, data set."""
     group = parser.add_argument_group("what to run")
-    group.add_argument(
-        "--strategy",
-        choices=strategies,
-        default=default,
-        help="greedy: the target alone; chain: synchronous; async-chain: a process per model",
-    )
+    if strategies:
+        group.add_argument(
+            "--strategy",
+            choices=strategies,
+            default=default,
+            help="greedy: the target alone; chain: synchronous; async-chain: a process per model",
+        )
     group.add_argument(
         "--models-config-path",
         metavar="FILE",
@@ -66,8 +67,8 @@ def add_input_arguments(parser: Parser, strategies: Sequence[str], default: str)
     )
 
 
-def add_generation_arguments(parser: Parser) -> None:
-    """What the target writes: nothing outside this group changes the text."""
+def add_generation_arguments(parser: Parser, *, stop: bool = True) -> None:
+    """What the target writes: nothing outside this group changes the text. stop: with `--stop`."""
     sampling, generation = SamplingParams(), GenerationParams()
     group = parser.add_argument_group("the text")
     group.add_argument(
@@ -100,12 +101,13 @@ def add_generation_arguments(parser: Parser) -> None:
         default=sampling.seed,
         help="of the noise that all models share",
     )
-    group.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end an output before this text; may be given several times",
-    )
+    if stop:
+        group.add_argument(
+            "--stop",
+            action="append",
+            metavar="TEXT",
+            help="end an output before this text; may be given several times",
+        )
 
 
 def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:

@@ -77,6 +77,16 @@ class Display:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
+    def news(self) -> Iterator[Callable[[str], None]]:
+        """The value says where a command stands, each text in place of the former one."""
+        if not self.console.is_terminal:
+            yield self.line
+            return
+        with self._bars(TextColumn("{task.description}", markup=False)) as bars:
+            task = bars.add_task("")
+            yield lambda text: bars.update(task, description=text, refresh=True)
+
+    @contextlib.contextmanager
     def loading(self, strategy: str, models: Sequence[ModelConfig]) -> Iterator[OnProgress]:
         """Shows that models load; the value is for the decoder, which tells of each stage."""
         names = " ".join(model.name for model in (models[-1:] if strategy == "greedy" else models))

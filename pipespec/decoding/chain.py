@@ -36,30 +36,40 @@ class ChainSpeculativeDecoder:
 
     def __init__(self, hierarchy: Hierarchy, schedule: Schedule | None = None) -> None:
         self.hierarchy = hierarchy
-        self.schedule = schedule = schedule or Schedule()
-        num_stages = len(hierarchy.models)
-        if num_stages < 2:
+        schedule = schedule or Schedule()
+        if len(hierarchy.models) < 2:
             raise UsageError(
                 "--strategy chain needs a draft and a target; the config has one model"
             )
-        if schedule.lookahead == 0:
-            raise UsageError("--lookahead 0 is for async-chain; chain drafts at least 1 token")
-        self._placement = hierarchy.in_process(num_stages - 1)
+        _check_lookahead(schedule)
+        self._placement = hierarchy.in_process(len(hierarchy.models) - 1)
         with pinned(self._placement):
             self._runners = load_runners(hierarchy)
+        self._inbox: deque[Delivery] = deque()
+        self._stats: dict[int, dict[str, Any]] = {}
+        self._session = Session(self)
+        self.use(schedule)
+
+    def use(self, schedule: Schedule) -> None:
+        """Goes on by another schedule, with the models that are loaded; what was measured of them
+        is forgotten. Between two texts.
+
+        Raises:
+            UsageError: a lookahead of 0.
+        """
+        _check_lookahead(schedule)
+        self.schedule = schedule
+        num_stages = len(self._runners)
         ahead = schedule.lookahead or min(schedule.run_ahead, FIRST_MOST)
         self._states = [
             StageState(
                 Role(i, num_stages, ahead, ahead, context_length=runner.info.context_length),
                 make_policy(schedule, is_first=i == 0, overlaps=False),
                 [1] * num_stages,
-                decode=hierarchy.tokenizer.decode,
+                decode=self.hierarchy.tokenizer.decode,
             )
             for i, runner in enumerate(self._runners)
         ]
-        self._inbox: deque[Delivery] = deque()
-        self._stats: dict[int, dict[str, Any]] = {}
-        self._session = Session(self)
 
     def generate(
         self,
@@ -154,3 +164,8 @@ class ChainSpeculativeDecoder:
     def _tell_target(self, message: Message) -> None:
         last = len(self._states) - 1
         self._inbox.append((last, Link.LAUNCHER, Frame(LAUNCHER, 1, 1, 0, message)))
+
+
+def _check_lookahead(schedule: Schedule) -> None:
+    if schedule.lookahead == 0:
+        raise UsageError("--lookahead 0 is for async-chain; chain drafts at least 1 token")

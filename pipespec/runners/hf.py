@@ -60,8 +60,7 @@ class HfRunner:
         quantize: str | None = None,
         max_memory_gib: Mapping[str, float] | None = None,
     ) -> None:
-        options = _load_options(name, getattr(torch, dtype), device, quantize, max_memory_gib or {})
-        model = _load(folder, name, options)
+        model = load_model(folder, name, dtype, device, quantize, max_memory_gib)
         _check_rollback(folder, name, model)
         config = model.config.get_text_config()
         limit = next((getattr(config, k) for k in _CONTEXT_KEYS if getattr(config, k, 0)), None)
@@ -137,6 +136,20 @@ class HfRunner:
         elif start < length:
             cache.crop(start - length)  # negative: how many to remove
         return cache
+
+
+def load_model(
+    folder: Path,
+    name: str,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    max_memory_gib: Mapping[str, float] | None = None,
+) -> Any:
+    """The model as transformers loads it, for this runner and for what races against it; see
+    `HfRunner`."""
+    options = _load_options(name, getattr(torch, dtype), device, quantize, max_memory_gib or {})
+    return _load(folder, name, options)
 
 
 def _load_options(

@@ -1,0 +1,64 @@
+"""The picture of a race: the tables' numbers, side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_comparison_measures import entrant, record, turn
+
+from pipespec.comparison.record import save
+from viz.race import draw, main, read_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Two rounds of greedy and chain in both tables."""
+    names, tables = ("greedy", "chain"), ("device", "total")
+    entrants = [entrant(name, table) for table in tables for name in names]
+    seconds = {"greedy": 2.0, "chain": 1.0}
+    turns = [turn(n, e.key, n * seconds[e.name]) for n in (1, 2) for e in entrants]
+    save(record(entrants, turns), tmp_path / "race.json")
+    return tmp_path / "race.json"
+
+
+def test_bars_are_medians_and_whiskers_reach_from_slowest_to_fastest() -> None:
+    entrants = [entrant("greedy"), entrant("chain")]
+    turns = [turn(n, e.key, seconds) for e in entrants for n, seconds in ((1, 1.0), (2, 2.0))]
+    race = record(entrants, turns)
+    (axes,) = draw(race, read_tables(race, Path("x"))).axes
+    assert [patch.get_width() for patch in axes.patches] == [15.0, 15.0]  # type: ignore[attr-defined]
+    assert "20.0" in str(max(line.get_xdata()[-1] for line in axes.lines))  # type: ignore[index]
+    assert [text.get_text() for text in axes.texts] == [" 1.00x (1.00-1.00)"] * 2
+
+
+def test_the_command_draws_without_torch(path: Path) -> None:
+    picture = path.with_suffix(".png")
+    code = (
+        "import sys; from viz.race import main\n"
+        f"assert main([{str(path)!r}, '--output', {str(picture)!r}]) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"4 bars: {picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_without_turns_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(record([entrant("greedy")], []), tmp_path / "race.json")
+    assert main([str(tmp_path / "race.json")]) == 2
+    assert "holds no turn of anyone" in capsys.readouterr().err
