@@ -147,6 +147,12 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
         help="runs every model with it; auto leaves it to the models config",
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="compute every step of the target in one shape, so that all strategies agree bit for "
+        "bit, in bfloat16 too; costs time",
+    )
+    group.add_argument(
         "--transport",
         choices=TRANSPORTS,
         default="ipc",

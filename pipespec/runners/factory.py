@@ -33,7 +33,8 @@ def load_runner(
     checkpoint's. num_slots: requests held at a time.
 
     Raises:
-        ModelLoadError: weights or device that are missing or do not fit, naming the model.
+        ModelLoadError: weights or device that are missing or do not fit, naming the model; or a
+            "deterministic" model whose bits vary here.
         ConfigError: an "emulated" object that is wrong.
     """
     if model.emulated is not None:
@@ -52,7 +53,21 @@ def load_runner(
         '"quantize", or more devices'
     )
     with out_of_memory_as(ModelLoadError, message):
-        return _load(model, placement, folder, vocab_size, context_length, num_slots)
+        runner = _load(model, placement, folder, vocab_size, context_length, num_slots)
+        if model.deterministic:
+            _check_deterministic(runner)
+        return runner
+
+
+def _check_deterministic(runner: ModelRunner) -> None:
+    from pipespec.runners.determinism import LogitRunner, check_deterministic
+
+    assert isinstance(runner, LogitRunner), "every runner of a real model has logits"
+    try:
+        check_deterministic(runner)
+    except BaseException:
+        runner.close()
+        raise
 
 
 def _load(
@@ -80,11 +95,19 @@ def _load(
                 context_length=context_length,
                 num_slots=num_slots,
                 num_threads=placement.threads,
+                deterministic=model.deterministic,
             )
         except UnsupportedCheckpoint as error:
             if model.runner == "llama":
                 raise ModelLoadError(f'{model.name}: {error}; use "runner": "hf"') from error
+            obstacle = str(error)
             log.info("%s: the hf runner serves it: %s", model.name, error)
+    if model.deterministic:
+        raise ModelLoadError(
+            f"--deterministic: {model.name} would be served by the hf runner"
+            f"{f' ({obstacle})' if obstacle else ''}, whose bits vary with the length of a step; "
+            "use another target, or leave the flag out"
+        )
     from pipespec.runners.hf import HfRunner
 
     return HfRunner(
