@@ -264,9 +264,7 @@ def _noise_of_all(constants: Tensor, stream: int, positions: Tensor, num_tokens:
 def _philox_words(constants: Tensor, stream: int, positions: Tensor, blocks: Tensor) -> Tensor:
     """The generator's four words for each (position, block of two tokens): [4, ...] int64."""
     streams = torch.full_like(blocks, stream)
-    return philox_4x32(
-        torch.stack((blocks, positions & _MASK32, positions >> 32, streams)), constants
-    )
+    return _philox(torch.stack((blocks, positions & _MASK32, positions >> 32, streams)), constants)
 
 
 def _gumbel(high: Tensor, low: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, Final, TypeVar
 
@@ -159,12 +160,8 @@ def _nvlink_pairs(nvml: Any, num_gpus: int) -> list[list[int]]:
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(num_gpus)]
     linked = []
     for a, b in combinations(range(num_gpus), 2):
-        status = _maybe(
-            nvml,
-            lambda a=a, b=b: nvml.nvmlDeviceGetP2PStatus(
-                handles[a], handles[b], nvml.NVML_P2P_CAPS_INDEX_NVLINK
-            ),
-        )
+        ask = partial(nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b])
+        status = _maybe(nvml, partial(ask, nvml.NVML_P2P_CAPS_INDEX_NVLINK))
         if status == nvml.NVML_P2P_STATUS_OK:
             linked.append([a, b])
     return linked

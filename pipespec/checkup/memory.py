@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from pipespec.checkup.children import Reply, ask
 from pipespec.checkup.findings import Finding, Section, ok, problem, warning
@@ -73,5 +73,5 @@ def speed_findings(reply: Reply, cuda: Cuda, num_gpus: int) -> list[Finding]:
     return findings
 
 
-def _speeds(reply: Reply) -> list[dict[str, float | str]]:
+def _speeds(reply: Reply) -> list[dict[str, Any]]:
     return [line for line in reply.lines if "bytes_per_s" in line]

@@ -57,7 +57,7 @@ class StaticCompileRunner:
             forward = self._model
         else:
             forward = self._step
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         logits = forward(input_ids=ids, past_key_values=self._cache, use_cache=True).logits
         draws: list[int] = logits[0, -row.num_draws :, : self.info.vocab_size].argmax(-1).tolist()
         return [draws]

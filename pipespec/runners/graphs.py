@@ -5,20 +5,14 @@ A *static step* is one forward of a text's last tokens that reads its ids, posit
 buffers: what it does depends on (query length, cache rows looked at) alone. On a GPU it is
 captured once and replayed: one copy of a few hundred bytes in, two launches (the forward; the
 draws), one copy back, one wait. What cannot be captured runs eagerly, after one line in the log.
-The graph-free half (buckets, buffers, masks by position) runs on the CPU as well, where it must
-equal the ordinary forward.
-
-Rules of capture that this file keeps (torch.cuda.graph): a side stream, work run there before, no
-look at a value on the host, shapes that depend on no value, addresses that outlive the graph, one
-pool for graphs that are replayed one at a time and whose results are read before the next replay.
+All but the capture itself runs on the CPU as well, where it must equal the ordinary forward.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
@@ -27,73 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipespec.config import SamplingParams
 from pipespec.runners.base import Row
-from pipespec.runners.llama_model import KeyValues, LlamaModel
+from pipespec.runners.capture import Capture, Words, Work
+from pipespec.runners.llama_model import KeyValues, LlamaModel, Places
 from pipespec.runners.rows import bucket
 from pipespec.sampling import damaged_logits, draw_on_device, keeps_all, philox_constants
 
-log = logging.getLogger(__name__)
-
 MAX_ROWS: Final = 32  # longer queries gain little from a graph
 FIXED_ROWS: Final = 8  # of every step, where all steps have one shape
-_NUM_WARM_UPS: Final = 2
 _NUM_CONSTANTS: Final = 22  # see `philox_constants`
-Work = Callable[[], None]
-
-
-class Graph(Protocol):
-    """Work that was captured."""
-
-    def replay(self) -> None: ...
-
-
-class Capture:
-    """Turns work into graphs.
-
-    If one cannot be captured, none is used any more: destroying the failed one may take with it
-    library workspaces on the stream that the others' kernels point to.
-    """
-
-    def __init__(self, record: Callable[[Work], Graph]) -> None:
-        self._record = record
-        self.has_failed = False
-
-    def __call__(self, work: Work) -> Work:
-        """Something that does `work` each time it is called, by a graph if that can be."""
-        if self.has_failed:
-            return work
-        try:
-            graph = self._record(work)
-        except RuntimeError as error:  # torch's errors of CUDA and of its allocator are such
-            self.has_failed = True
-            reason = " ".join(str(error).split())[:200]
-            log.warning("CUDA graphs cannot be captured, steps run eagerly: %s", reason)
-            return work
-        return lambda: work() if self.has_failed else graph.replay()
-
-
-class Recorder:
-    """Captures work on one stream, into graphs that share one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Work) -> Graph:
-        before = torch.cuda.current_stream(self._device)
-        # A capture that fails leaves its stream current; the outer context takes it back.
-        with torch.cuda.device(self._device), torch.cuda.stream(before):
-            self._stream.wait_stream(before)
-            with torch.cuda.stream(self._stream):
-                for _ in range(_NUM_WARM_UPS):
-                    work()
-            before.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                work()
-        return graph
 
 
 class Buffers:
@@ -103,41 +38,28 @@ class Buffers:
     """
 
     def __init__(self, rows: int, model: LlamaModel, vocab_size: int) -> None:
-        device = model.device
         self.rows = rows
-        self._is_on_host = device.type == "cpu"
-        num_words = 2 * rows + _NUM_CONSTANTS + 1
-        self._host = _host_words(num_words, device)
-        self._words = self._host.numpy()
+        self._input = Words(2 * rows + _NUM_CONSTANTS + 1, model.device)
+        self._words = self._input.host.numpy()
         self._temperature = self._words[-1:].view(np.float64)
-        self._device_words = (
-            self._host
-            if self._is_on_host
-            else torch.zeros(num_words, dtype=torch.int64, device=device)
-        )
-        self.ids = self._device_words[:rows]
-        self.positions = self._device_words[rows : 2 * rows]
-        self.logits = torch.zeros(rows, vocab_size, dtype=model.dtype, device=device)
-        self._drawn = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._host_drawn = _host_words(rows, device)
-        self._sent, self._received = torch.cuda.Event(), torch.cuda.Event()
+        self.ids = self._input.device[:rows]
+        self.positions = self._input.device[rows : 2 * rows]
+        self.logits = torch.zeros(rows, vocab_size, dtype=model.dtype, device=model.device)
+        self._drawn = Words(rows, model.device)
 
     def fill(self, ids: Sequence[int], start: int, sampling: SamplingParams) -> None:
         """Writes what the next step reads. Rows beyond `ids` take token 0 at the positions that
         follow: nothing before them sees what they leave in the cache."""
         rows, count, words = self.rows, len(ids), self._words
         assert 0 < count <= rows
-        if not self._is_on_host:
-            self._sent.synchronize()  # the last copy may not have read its source yet
+        self._input.wait()
         words[:count] = ids
         words[count:rows] = 0
         words[rows : 2 * rows] = np.arange(start, start + rows)
         if not sampling.is_greedy:
             words[2 * rows : -1] = philox_constants(sampling.seed).flatten().numpy()
             self._temperature[0] = sampling.temperature
-        if not self._is_on_host:
-            self._device_words.copy_(self._host, non_blocking=True)
-            self._sent.record(torch.cuda.current_stream(self.ids.device))
+        self._input.send()
 
     def draw_greedily(self) -> None:
         """The most likely token of each row."""
@@ -145,12 +67,12 @@ class Buffers:
 
     def draw_with_noise(self) -> None:
         """The token of each row under the noise that `fill` was told of."""
-        self._draw(self._device_words[2 * self.rows : -1].view(-1, 2))
+        self._draw(self._input.device[2 * self.rows : -1].view(-1, 2))
 
     def _draw(self, constants: Tensor | None) -> None:
-        temperature = self._device_words[-1:].view(torch.float64)[0]
+        temperature = self._input.device[-1:].view(torch.float64)[0]
         drawn = draw_on_device(self.logits, self.positions + 1, temperature, constants)
-        self._drawn.copy_(drawn)
+        self._drawn.device.copy_(drawn)
 
     def take_draws(self, count: int) -> list[int]:
         """The draws of the first `count` rows; waits for them.
@@ -158,11 +80,9 @@ class Buffers:
         Raises:
             PipeSpecError: logits without a finite maximum.
         """
-        self._host_drawn.copy_(self._drawn, non_blocking=True)
-        if not self._is_on_host:
-            self._received.record(torch.cuda.current_stream(self.ids.device))
-            self._received.synchronize()
-        draws: list[int] = self._host_drawn[:count].tolist()
+        self._drawn.fetch()
+        self._drawn.wait()
+        draws: list[int] = self._drawn.host[:count].tolist()
         if min(draws) < 0:
             raise damaged_logits()
         return draws
@@ -251,20 +171,17 @@ class StaticSteps:
 
     def _forward(self, buffers: Buffers, cache: KeyValues, capacity: int) -> None:
         model = self._model
-        with _attention_kernel(model.device):
-            hidden = model.forward_at(buffers.ids, buffers.positions, cache, capacity)
+        with attention_kernel(model.device):
+            masks = model.masks.at_positions(buffers.positions, capacity)
+            places = Places(buffers.positions, buffers.positions, masks, capacity)
+            hidden = model.forward_at(buffers.ids, places, cache)
         model.logits_into(hidden, buffers.logits)
 
     def _prepared(self, work: Work) -> Work:
         return work if self._capture is None else self._capture(work)
 
 
-def _host_words(count: int, device: torch.device) -> Tensor:
-    """[count] int64 on the host; pinned, if they are to be copied to a GPU or from it."""
-    return torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
-def _attention_kernel(device: torch.device) -> AbstractContextManager[None]:
+def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
     """One kernel for all shapes on a GPU: the one for any mask (flash attention takes none), so
     that versions and shapes do not silently choose another."""
     if device.type == "cpu":

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from pipespec.runners.architecture import read_architecture
 from pipespec.runners.base import Row, RunnerInfo, TreeRow
+from pipespec.runners.capture import Capture, Recorder
 from pipespec.runners.drawing import draw_rows, rank_tree
-from pipespec.runners.graphs import FIXED_ROWS, Capture, Recorder, StaticSteps
+from pipespec.runners.graphs import FIXED_ROWS, StaticSteps
 from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
+from pipespec.runners.tree_steps import TreeSteps, TreeTokens
 
 TAIL_ROWS = 128  # of each slot, beyond its context, for branches
 _ROW_GRID = 64  # a cache has a multiple of so many rows: GPU kernels want aligned masks
@@ -84,7 +86,7 @@ class LlamaRunner:
                 dtype=torch_dtype,
                 device=torch.device(device),
                 vocab_size=vocab_size,
-                num_rows=-(-(length + TAIL_ROWS) // grid) * grid,
+                num_rows=-(-(length + TAIL_ROWS + 1) // grid) * grid,  # one to spare
                 num_threads=num_threads,
             )
             self._free = [_Slot(model.new_cache()) for _ in range(num_slots)]
@@ -92,14 +94,15 @@ class LlamaRunner:
         self._slots: dict[int, _Slot] = {}
         self._num_embeddings = arch.vocab_size
         graphs = use_graphs and model.device.type == "cuda"
+        capture = Capture(Recorder(model.device)) if graphs else None
         self._steps: StaticSteps | None = None
         if deterministic or graphs:
-            self._steps = StaticSteps(
-                model,
-                vocab_size,
-                fixed_rows=FIXED_ROWS if deterministic else None,
-                capture=Capture(Recorder(model.device)) if graphs else None,
-            )
+            fixed_rows = FIXED_ROWS if deterministic else None
+            self._steps = StaticSteps(model, vocab_size, fixed_rows=fixed_rows, capture=capture)
+        self._trees: TreeSteps | None = None
+        if graphs:
+            spare_row = model.num_rows - 1
+            self._trees = TreeSteps(model, vocab_size, spare_row=spare_row, capture=capture)
         num_tail_rows = 0 if any(arch.windows) else TAIL_ROWS
         self._info = RunnerInfo(
             name=name,
@@ -151,7 +154,7 @@ class LlamaRunner:
         if self._model is None:
             return
         on_gpu = self._model.device.type == "cuda"
-        self._model = self._steps = None
+        self._model = self._steps = self._trees = None
         self._slots.clear()
         self._free.clear()
         if on_gpu:
@@ -178,13 +181,18 @@ class LlamaRunner:
         slot.visible = {at: bits for at, bits in slot.visible.items() if at < tree.tail[0].row}
         for item in tree.tail:
             slot.visible[item.row] = slot.sees(item.parent_row) | 1 << item.row
-        own = [slot.sees(position) for position in range(row.start, slot.length)]
-        tail = Tail(
-            tree.tail[0].row,
-            [item.position for item in tree.tail],
-            [*own, *(slot.visible[item.row] for item in tree.tail)],
-        )
+        own = range(row.start, slot.length)
+        tail_positions = [item.position for item in tree.tail]
+        visible = [*map(slot.sees, own), *(slot.visible[item.row] for item in tree.tail)]
         ids = [*row.ids, *(item.token for item in tree.tail)]
+        logits: Tensor | None = None
+        if self._trees is not None:
+            tail_rows = [item.row for item in tree.tail]
+            tokens = TreeTokens(ids, [*own, *tail_positions], [*own, *tail_rows], visible)
+            logits = self._trees.logits(slot.cache, tokens)
+        if logits is not None:
+            return logits[len(row.ids) - row.num_draws :]
+        tail = Tail(tree.tail[0].row, tail_positions, visible)
         hidden = model.forward(ids, row.start, slot.cache, tail)
         return model.logits(hidden[len(row.ids) - row.num_draws :])
 

@@ -40,10 +40,10 @@ class KeyValues:
         """For each layer the [2, kv_heads, count, head_dim] that positions from `start` fill."""
         return self._pairs.narrow(3, start, count).unbind()
 
-    def write_at(self, layer: int, positions: Tensor, new: Tensor) -> None:
-        """Stores `new` [2, kv_heads, count, head_dim] at `positions` [count]. No shape and no
+    def write_at(self, layer: int, rows: Tensor, new: Tensor) -> None:
+        """Stores `new` [2, kv_heads, count, head_dim] in `rows` [count]. No shape and no
         address depends on a value."""
-        self._pairs[layer].index_copy_(2, positions, new.to(self.data.dtype))
+        self._pairs[layer].index_copy_(2, rows, new.to(self.data.dtype))
 
     def keep(self, start: int, rows: Sequence[int]) -> None:
         """Copies `rows` to `start` and after."""
@@ -62,6 +62,17 @@ class Tail:
     first_row: int
     positions: Sequence[int]
     visible: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where tokens stand, by tensors on the device: positions [n], cache rows [n] that they are
+    stored in, masks over the first `capacity` rows."""
+
+    positions: Tensor
+    rows: Tensor
+    masks: LayerMasks
+    capacity: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +170,7 @@ class LlamaModel:
         self._eps = torch.tensor(arch.hidden_size * arch.norm_eps, device=device)
         self._head_eps = torch.tensor(arch.head_dim * arch.norm_eps, device=device)
         self._spaces: dict[int, Workspace] = {}
-        self._masks = Masks(arch, num_rows, self.cache_dtype, device)
+        self.masks = Masks(arch, num_rows, self.cache_dtype, device)
         with open_checkpoint(folder) as checkpoint:
             loader = Loader(checkpoint, arch, dtype, device, num_threads)
             self.embedding, self.head = loader.embedding_and_head(vocab_size)
@@ -195,21 +206,18 @@ class LlamaModel:
         )
         return self._run(torch.tensor(ids, device=self.device), feed, space)
 
-    def forward_at(self, ids: Tensor, positions: Tensor, cache: KeyValues, capacity: int) -> Tensor:
-        """`forward` of a text whose ids and positions are tensors [rows] on the device: what is
-        done depends on the shapes alone, so a CUDA graph can hold it, and every address is that of
-        an argument or of what the model keeps.
-
-        capacity: of how many cache rows attention looks at; all positions lie below it.
-        """
+    def forward_at(self, ids: Tensor, places: Places, cache: KeyValues) -> Tensor:
+        """`forward` of `ids` [n], a tensor on the device: what is done depends on shapes alone, so
+        a CUDA graph can hold it, and every address is that of an argument or of what the model
+        keeps."""
         space = self.workspace(len(ids))
 
         def store(layer: int) -> None:
-            cache.write_at(layer, positions, space.new)
+            cache.write_at(layer, places.rows, space.new)
 
-        rotation = self._rotations.index_select(0, positions)
-        masks = self._masks.at_positions(positions, capacity)
-        return self._run(ids, Feed(rotation, masks, store, cache.read(capacity)), space)
+        rotation = self._rotations.index_select(0, places.positions)
+        feed = Feed(rotation, places.masks, store, cache.read(places.capacity))
+        return self._run(ids, feed, space)
 
     def workspace(self, rows: int) -> Workspace:
         """The buffers for a query length; kept, if it is short."""
@@ -227,7 +235,7 @@ class LlamaModel:
         def store(layer: int) -> None:
             written[layer].copy_(space.new)
 
-        masks = self._masks.of_text(space.rows, end)
+        masks = self.masks.of_text(space.rows, end)
         return Feed(self._rotations[start:end], masks, store, cache.read(end))
 
     def _branch_feed(self, start: int, cache: KeyValues, space: Workspace, tail: Tail) -> Feed:
@@ -244,7 +252,7 @@ class LlamaModel:
             if num_own:
                 own[layer].copy_(space.new[:, :, :num_own])
 
-        masks = self._masks.of_branches(tail.visible, end)
+        masks = self.masks.of_branches(tail.visible, end)
         return Feed(self._rotations[positions], masks, store, cache.read(end))
 
     def _run(self, ids: Tensor, feed: Feed, space: Workspace) -> Tensor:

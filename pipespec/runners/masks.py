@@ -56,14 +56,25 @@ class Masks:
         masks = {w: (self._at_positions(positions, capacity, w), False) for w in set(self._windows)}
         return [masks[window] for window in self._windows]
 
+    def of_words(self, visible: Tensor) -> LayerMasks:
+        """For tokens that see the cache rows whose bits are set in `visible` [tokens, words] int64:
+        row r is bit r % 64 of word r // 64."""
+        bits = torch.arange(64, device=self._device)
+        seen = (visible.unsqueeze(2) >> bits).bitwise_and_(1).flatten(1)
+        return [(self._folded(seen == 0), False)] * len(self._windows)
+
     def _at_positions(self, positions: Tensor, capacity: int, window: int | None) -> Tensor:
         columns, at = self._columns[:capacity], positions.unsqueeze(1)
         hidden = columns > at
         if window is not None:
             hidden |= columns <= at - window
+        return self._folded(hidden)
+
+    def _folded(self, hidden: Tensor) -> Tensor:
+        """0 or -inf where `hidden` [rows, columns], for each of the heads that share keys."""
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         mask.masked_fill_(hidden, -torch.inf)
-        return mask.unsqueeze(1).expand(-1, self._group, -1).reshape(-1, capacity)
+        return mask.unsqueeze(1).expand(-1, self._group, -1).reshape(-1, hidden.shape[1])
 
     def _of_text(self, rows: int, end: int, window: int | None) -> tuple[Tensor | None, bool]:
         unlimited = window is None or end <= window
