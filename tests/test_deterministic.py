@@ -92,12 +92,12 @@ class Planted:
         self._runner.release(slot)
 
     def logits(self, row: Row) -> Tensor:
-        logits, end = self._runner.logits(row), row.start + len(row.ids)
+        logits, end = self._runner.logits(row).clone(), row.start + len(row.ids)
         off = torch.zeros(len(logits), dtype=torch.bool)
         if self._kind == "row" and len(row.ids) < 20:
             off[5:] = True
         if self._kind == "neighbours" and len(logits) > 1:
-            off[0] = sum(row.ids[1:]) % 7 == 3 and len(row.ids) == 6
+            off[0] = len(row.ids) > 13 and row.ids[1] % 2 == 0
         if self._kind == "fill":
             off[:] = self._longest > end + 10 and len(row.ids) == 1
         self._longest = max(self._longest, end)

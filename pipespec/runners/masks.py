@@ -48,7 +48,8 @@ class Masks:
         table = np.frombuffer(packed, np.uint8).reshape(len(visible), num_bytes)
         seen = np.unpackbits(table, axis=1, count=end, bitorder="little")
         mask = torch.from_numpy(_MASK_OF_BIT[seen]).to(self._device, self._dtype)
-        mask = mask if self._group == 1 else mask.repeat_interleave(self._group, dim=0)
+        repeats = self._repeats(len(visible))
+        mask = mask if repeats == 1 else mask.repeat_interleave(repeats, dim=0)
         return [(mask, False)] * len(self._windows)
 
     def at_positions(self, positions: Tensor, capacity: int) -> LayerMasks:
@@ -71,19 +72,24 @@ class Masks:
         return self._folded(hidden)
 
     def _folded(self, hidden: Tensor) -> Tensor:
-        """0 or -inf where `hidden` [rows, columns], for each of the heads that share keys."""
+        """0 or -inf where `hidden` [rows, columns], for each of the heads that share keys; for
+        short queries only."""
+        assert len(hidden) <= MAX_SHORT
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         mask.masked_fill_(hidden, -torch.inf)
         return mask.unsqueeze(1).expand(-1, self._group, -1).reshape(-1, hidden.shape[1])
+
+    def _repeats(self, rows: int) -> int:
+        """How often each row's mask stands there; `Workspace` folds heads by the same rule."""
+        return self._group if rows <= MAX_SHORT else 1
 
     def _of_text(self, rows: int, end: int, window: int | None) -> tuple[Tensor | None, bool]:
         unlimited = window is None or end <= window
         if rows == 1 and unlimited:
             return None, False
-        folded = self._group > 1 and rows <= MAX_SHORT
-        if rows == end and unlimited and not folded:
+        repeats = self._repeats(rows)
+        if rows == end and unlimited and repeats == 1:
             return None, True
-        repeats = self._group if folded else 1
         if rows > MAX_SHORT:
             return self._new_table(rows, end, window, repeats), False
         table = self._table(rows, end, window, repeats)
