@@ -29,6 +29,7 @@ from pipespec.checkup.runner_paths import (
     read_result,
     result_findings,
     table_rows,
+    with_floors,
 )
 from pipespec.config import RUNNERS, ModelConfig
 from pipespec.placement import Machine, StagePlacement
@@ -365,7 +366,7 @@ def test_paths_that_cannot_run_say_why() -> None:
 
 
 def line(draws: Sequence[int], **others: Any) -> dict[str, Any]:
-    measured = {"step_s": {"1": 0.002, "8": 0.003}, "weight_bytes": 1e6, "bytes_per_s": 1e9}
+    measured = {"step_s": {"1": 0.002, "8": 0.003}, "bytes_per_s": 1e9}
     return {"model": "m", "draws": list(draws), **measured, **others}
 
 
@@ -376,7 +377,18 @@ def test_a_draw_is_wrong_only_where_the_reference_was_sure() -> None:
     wrong = read_result(LEAN, line([5, 9, 9]), reference)
     assert (wrong.num_equal, wrong.num_wrong) == (1, 1)
     assert read_result(HF, line([5, 9, 7]), reference).num_wrong == 1  # 0.1 is much in float32
-    assert near.ratio == pytest.approx(2.0)
+
+
+def test_one_floor_holds_for_all_that_read_the_same() -> None:
+    slow = read_result(LEAN, line([5], bytes_per_s=0.5e9), None)
+    fast = read_result(RunnerPath("native", "native", "cpu", "bfloat16"), line([5]), None)
+    other = read_result(HF, line([5], bytes_per_s=4e9), None)
+    failed = read_result(LEAN, {"model": "m", "error": "x"}, None)
+    sizes = {("m", "bfloat16"): 1_000_000, ("m", "float32"): 2_000_000}
+    found = with_floors([slow, fast, other, failed], sizes)
+    assert [result.floor_s for result in found] == pytest.approx([1e-3, 1e-3, 0.5e-3, 1e-3])
+    assert found[0].ratio == pytest.approx(2.0) and found[3].ratio is None
+    assert with_floors([failed], sizes) == [failed]
 
 
 def test_findings_tell_near_ties_wrong_paths_and_failures_apart() -> None:
@@ -397,7 +409,8 @@ def test_the_table_goes_model_by_model_and_leaves_out_failures() -> None:
         read_result(LEAN, line([4]), Reference((1,), (5,), (9.0,))),
         read_result(LEAN, {"model": "n", "error": "out of memory"}, None),
     ]
-    assert table_rows(results) == [
+    sizes = {(model, dtype): 1_000_000 for model in "mn" for dtype in ("float32", "bfloat16")}
+    assert table_rows(with_floors(results, sizes)) == [
         ("m", "hf", "fp32", "2.00", "-", "-", "3.00", "1.00", "2.0x", "-"),
         ("m", "lean", "bf16", "2.00", "-", "-", "3.00", "1.00", "2.0x", "0/1 WRONG"),
         ("n", "hf", "fp32", "2.00", "-", "-", "3.00", "1.00", "2.0x", "-"),
@@ -546,7 +559,7 @@ def test_gpu_paths_are_listed_where_they_cannot_run(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     plan = steps.Plan(("hf",), 0.0, "no CUDA device", False, Machine((0,), 1.0), {})
     outcome = steps.Outcome()
-    monkeypatch.setattr(steps, "_run_group", lambda *_arguments: None)
+    monkeypatch.setattr(steps, "_run_group", lambda *_arguments: [])
     steps.run_paths(plan, steps.shipped_subjects(), outcome, lambda _text: None)
     assert outcome.not_run["lean, graphs on GPU, bf16"] == "no CUDA device"
     show_not_run(Console(), outcome.not_run)

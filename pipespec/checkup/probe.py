@@ -104,8 +104,8 @@ def _measure(
             texts[model["name"]] = result["text"] = text
         result["draws"] = greedy_draws(runner, prompt, text)
         result["step_s"] = step_times_s(runner, question["seconds"])
-        result["weight_bytes"] = runner.info.weight_bytes
-        result["bytes_per_s"] = read_bandwidth(runner.info.weight_bytes, question["device"])
+        size = model["bytes_to_read"][dtype]
+        result["bytes_per_s"] = read_bandwidth(size, question["device"])
         return result
     finally:
         runner.close()

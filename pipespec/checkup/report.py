@@ -57,7 +57,7 @@ def show_not_run(console: Console, not_run: Mapping[str, str]) -> None:
     for path, reason in not_run.items():
         by_reason.setdefault(reason, []).append(path)
     for reason, paths in by_reason.items():
-        text = Text(f"not run ({reason}): {', '.join(paths)}", style="dim")
+        text = Text(f"not run ({reason}): {'; '.join(paths)}", style="dim")
         console.print(text, width=min(WIDTH, console.width))
     if by_reason:
         console.print()

@@ -6,7 +6,7 @@ Pure: measuring is `probe`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pipespec.checkup.findings import Finding, ok, problem, warning
@@ -51,12 +51,14 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class PathResult:
-    """A path with one model. step_s: by query length. floor_s: to read the weights once. error: why
-    there are no numbers, or empty."""
+    """A path with one model. step_s: by query length. bytes_per_s: at which so many bytes as the
+    weights have were read just before. floor_s: to read them once. error: why there are no numbers,
+    or empty."""
 
     path: RunnerPath
     model: str
     step_s: Mapping[int, float] = field(default_factory=dict)
+    bytes_per_s: float = 0.0
     floor_s: float | None = None
     num_equal: int = 0
     num_compared: int = 0
@@ -75,6 +77,7 @@ class PathResult:
             "dtype": self.path.dtype,
             "model": self.model,
             "step_s": {str(query): seconds for query, seconds in self.step_s.items()},
+            "bytes_per_s": self.bytes_per_s,
             "floor_s": self.floor_s,
             "ratio": self.ratio,
             "num_equal": self.num_equal,
@@ -134,11 +137,31 @@ def read_result(
         path=path,
         model=line["model"],
         step_s={int(query): seconds for query, seconds in line["step_s"].items()},
-        floor_s=line["weight_bytes"] / line["bytes_per_s"],
+        bytes_per_s=line["bytes_per_s"],
         num_equal=num_equal,
         num_compared=num_compared,
         num_wrong=num_wrong,
     )
+
+
+def with_floors(
+    results: Sequence[PathResult], num_bytes: Mapping[tuple[str, str], int]
+) -> list[PathResult]:
+    """The results with one floor for all that read the same on the same device: by the fastest
+    reading, since another process may have disturbed the others.
+
+    num_bytes: that a step of a model in a dtype must read.
+    """
+    fastest: dict[tuple[str, str, str], float] = {}
+    for result in results:
+        key = (result.model, result.path.dtype, result.path.kind)
+        fastest[key] = max(fastest.get(key, 0.0), result.bytes_per_s)
+    return [
+        replace(result, floor_s=num_bytes[result.model, result.path.dtype] / speed)
+        if (speed := fastest[result.model, result.path.dtype, result.path.kind])
+        else result
+        for result in results
+    ]
 
 
 def result_findings(results: Sequence[PathResult]) -> list[Finding]:

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from pipespec.checkpoint import CheckpointShape, shipped_models
+from pipespec.checkpoint import DTYPE_BYTES, CheckpointShape, shipped_models
 from pipespec.checkup.children import ask
 from pipespec.checkup.runner_paths import (
     PathResult,
@@ -24,6 +24,7 @@ from pipespec.checkup.runner_paths import (
     obstacle,
     paths_of,
     read_result,
+    with_floors,
 )
 from pipespec.checkup.shapes import SHAPES, shape_of
 from pipespec.placement import Machine, StagePlacement
@@ -38,14 +39,20 @@ _GIB: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to time. prompt: token ids. size_gib: of its weights in bfloat16."""
+    """A model to time. prompt: token ids."""
 
     name: str
     folder: Path
-    vocab_size: int
+    shape: CheckpointShape
     prompt: tuple[int, ...]
-    size_gib: float
     is_shape: bool = False
+
+    def bytes_to_read(self, dtype: str) -> int:
+        """Of the weights that a step reads: all but an embedding of its own, of which it reads a
+        row."""
+        shape = self.shape
+        embedding = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+        return shape.weight_bytes(dtype) - embedding * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +85,13 @@ def shipped_subjects() -> list[Subject]:
     for folder in shipped_models().values():
         shape = CheckpointShape.read(folder)
         prompt = tuple(load_tokenizer(folder).encode(_PROMPT))
-        size_gib = shape.weight_bytes("bfloat16") / _GIB
-        subjects.append(Subject(folder.name, folder, shape.vocab_size, prompt, size_gib))
-    return sorted(subjects, key=lambda subject: subject.size_gib)
+        subjects.append(Subject(folder.name, folder, shape, prompt))
+    return sorted(subjects, key=lambda subject: subject.shape.num_parameters)
 
 
 def shape_subject(name: str, folder: Path) -> Subject:
     """A model of one of `SHAPES`, whose files are to be in `folder`."""
-    shape = shape_of(name)
-    prompt = tuple(range(100, 164))
-    size_gib = shape.weight_bytes("bfloat16") / _GIB
-    return Subject(name, folder / name, shape.vocab_size, prompt, size_gib, is_shape=True)
+    return Subject(name, folder / name, shape_of(name), tuple(range(100, 164)), is_shape=True)
 
 
 def run_paths(
@@ -106,8 +109,11 @@ def run_paths(
         else:
             paths.append(path)
     each_s = max(0.05, plan.seconds / max(1, len(paths) * len(subjects)))
+    results: list[PathResult] = []
     for _, group in groupby(paths, key=lambda path: (path.kind, path.runner)):
-        _run_group(plan, list(group), subjects, each_s, outcome, say)
+        results += _run_group(plan, list(group), subjects, each_s, outcome, say)
+    sizes = {(s.name, d): s.bytes_to_read(d) for s in subjects for d in DTYPE_BYTES}
+    outcome.results += with_floors(results, sizes)
 
 
 def _run_group(
@@ -117,7 +123,7 @@ def _run_group(
     each_s: float,
     outcome: Outcome,
     say: Callable[[str], None],
-) -> None:
+) -> list[PathResult]:
     """One child: a runner in all its dtypes, with all subjects."""
     first = paths[0]
     names = ", ".join(subject.name for subject in subjects)
@@ -144,6 +150,7 @@ def _run_group(
         timeout_s=timeout_s + 2 * each_s * len(paths) * len(subjects),
     )
     answered = {(line["dtype"], line["model"]): line for line in reply.lines if "model" in line}
+    results = []
     for path in paths:
         for subject in subjects:
             line = answered.get((path.dtype, subject.name))
@@ -154,7 +161,8 @@ def _run_group(
                     subject.prompt, tuple(line["text"]), tuple(line["margins"])
                 )
             reference = outcome.references.get(subject.name)
-            outcome.results.append(read_result(path, line, reference))
+            results.append(read_result(path, line, reference))
+    return results
 
 
 def _question(subject: Subject, references: Mapping[str, Reference]) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def _question(subject: Subject, references: Mapping[str, Reference]) -> dict[str
     return {
         "name": subject.name,
         "folder": os.fspath(subject.folder),
-        "vocab_size": subject.vocab_size,
+        "vocab_size": subject.shape.vocab_size,
+        "bytes_to_read": {d: subject.bytes_to_read(d) for d in DTYPE_BYTES},
         "prompt": list(subject.prompt),
         "text": None if reference is None else list(reference.text),
     }
