@@ -346,7 +346,7 @@ def test_every_real_runner_has_paths_and_the_first_is_the_reference() -> None:
     assert {path.runner for path in paths if path.kind == "cpu"} >= {"hf", "llama", "another"}
     assert "emulated" not in {path.runner for path in paths}
     on_gpu = {path.label for path in paths if path.kind == "cuda"}
-    assert on_gpu == {"hf", "lean, eager", "lean, graphs", "static cache + compile"}
+    assert on_gpu == {"hf", "lean, eager", "lean, graphs", "hf, compiled"}
     assert len(set(paths)) == len(paths)
 
 
@@ -356,7 +356,7 @@ def test_paths_that_cannot_run_say_why() -> None:
         return obstacle(path, **(usual | circumstances))
 
     graphs = RunnerPath("lean, graphs", "llama", "cuda", "bfloat16")
-    compiled = RunnerPath("static cache + compile", "static", "cpu", "float32")
+    compiled = RunnerPath("hf, compiled", "static", "cpu", "float32")
     assert why(graphs) == "" and why(HF) == ""
     assert why(graphs, no_cuda="no CUDA device") == "no CUDA device"
     assert "--compile" in why(compiled) and why(compiled, with_compile=True) == ""
@@ -492,7 +492,7 @@ def test_the_report_fits_into_80_columns() -> None:
     show_section(
         console, Section("Title", [ok(long), warning(long, long), problem("x" * 300, "y")])
     )
-    row = ("a-model-of-some-name", "GPU: static cache + compile", "bf16", *["123.4"] * 5)
+    row = ("target-of-12M", "GPU: hf, compiled", "bf16", *["123.4"] * 5)
     show_steps(console, [(*row, "123.4x", "32/32 WRONG")] * 2)
     show_not_run(console, {f"path {index}": "no CUDA device" for index in range(20)})
     assert isinstance(console.file, io.StringIO)
@@ -533,7 +533,7 @@ def test_the_whole_examination_of_this_machine(
         assert step["num_compared"] == steps.NUM_TOKENS and step["ratio"] > 0
         if step["dtype"] == "float32" and step["path"] == "hf":
             assert step["num_equal"] == steps.NUM_TOKENS
-    assert "--compile" in values["not_run"]["static cache + compile on CPU, fp32"]
+    assert "--compile" in values["not_run"]["hf, compiled on CPU, fp32"]
     speeds = values["sections"][5]["values"]["bytes_per_s"]
     assert speeds["cpu"] > 1e8
     assert not report.with_name("report.json.partial").exists()

@@ -35,14 +35,14 @@ def show_section(console: Console, section: Section) -> None:
 
 def show_steps(console: Console, rows: Sequence[Sequence[str]]) -> None:
     """The times of runner paths; columns as of `table_rows`."""
+    console.print(Text("Time of a step in ms, by query length", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
-    table.add_column("path", overflow="fold")
+    table.add_column("model", no_wrap=True, max_width=16)
+    table.add_column("path", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
-    for query in ("ms a step\nq = 1", "\n2", "\n4", "\n8", "\nfloor"):
-        table.add_column(query, justify="right", no_wrap=True)
-    table.add_column("q = 1\n/ floor", justify="right", no_wrap=True)
-    table.add_column("tokens\nas hf", justify="right", overflow="fold")
+    for header in ("q = 1", "2", "4", "8", "floor", "1/floor"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("tokens as hf", justify="right", overflow="fold")
     previous = ""
     for model, *cells in rows:
         table.add_row(*map(Text, ("" if model == previous else model, *cells)))

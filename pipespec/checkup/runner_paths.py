@@ -12,12 +12,13 @@ from typing import Any, Final
 from pipespec.checkup.findings import Finding, ok, problem, warning
 
 NOT_REAL: Final = ("auto", "emulated")  # of the runners in the configuration
-_LABELS: Final[Mapping[str, str]] = {"llama": "lean", "static": "static cache + compile"}
+_COMPILED: Final = "hf, compiled"  # with its static cache
+_LABELS: Final[Mapping[str, str]] = {"llama": "lean", "static": _COMPILED}
 _ON_GPU: Final = (
     ("hf", "hf"),
     ("eager", "lean, eager"),
     ("llama", "lean, graphs"),
-    ("static", "static cache + compile"),
+    ("static", _COMPILED),
 )
 # How far ahead of another a token's logit must be for a different draw to be an error.
 _NEAR_TIE: Final[Mapping[str, float]] = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
