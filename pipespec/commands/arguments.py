@@ -141,6 +141,13 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
         help="of async-chain: other tokens a position whose rejection a draft prepares for",
     )
     group.add_argument(
+        "--tree",
+        type=int,
+        default=schedule.tree,
+        metavar="N",
+        help="of async-chain: candidates of prepared outcomes verified beside the main path",
+    )
+    group.add_argument(
         "--runner",
         choices=RUNNERS,
         default="auto",

@@ -24,7 +24,7 @@ from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
 from pipespec.runners.tree_steps import TreeSteps, TreeTokens
 
-TAIL_ROWS = 128  # of each slot, beyond its context, for branches
+TAIL_ROWS = 192  # of each slot, beyond its context, for branches
 _ROW_GRID = 64  # a cache has a multiple of so many rows: GPU kernels want aligned masks
 _FIXED_GRID = 512  # and of so many where bits count: attention on CPU goes by blocks of this size
 
@@ -178,7 +178,7 @@ class LlamaRunner:
         if not tree.tail:
             return self._row_logits(row)
         slot.length = row.start + len(row.ids)
-        slot.visible = {at: bits for at, bits in slot.visible.items() if at < tree.tail[0].row}
+        slot.visible = {at: bits for at, bits in slot.visible.items() if at >= slot.length}
         for item in tree.tail:
             slot.visible[item.row] = slot.sees(item.parent_row) | 1 << item.row
         own = range(row.start, slot.length)
