@@ -16,7 +16,7 @@ import torch
 
 from pipespec.config import SamplingParams
 from pipespec.errors import PipeSpecError
-from pipespec.runners.base import Row, TailToken, TreeRow
+from pipespec.runners.base import Row
 from pipespec.runners.capture import Capture, Recorder
 from pipespec.runners.graphs import FIXED_ROWS, MAX_ROWS, StaticSteps
 from pipespec.runners.llama import LlamaRunner
@@ -209,79 +209,6 @@ def test_rows_that_nothing_is_fed_in_stand_behind_the_text(make: Make) -> None:
     assert buffers.positions.tolist() == list(range(8))
 
 
-# Branches
-
-
-def random_tree(choice: random.Random, start: int, num_ids: int, first_row: int) -> TreeRow:
-    """A row, and tokens that continue it or each other in all ways."""
-    row = Row(0, start, choice.choices(range(VOCAB_SIZE), k=num_ids), 1, GREEDY)
-    stands = {start + index: start + index for index in range(num_ids)}  # row -> position
-    tail = []
-    for at in range(first_row, first_row + choice.randint(1, 12)):
-        parent = choice.choice(list(stands))
-        stands[at] = stands[parent] + 1
-        tail.append(TailToken(choice.randrange(VOCAB_SIZE), stands[at], at, parent))
-    return TreeRow(row, tail, num_ranked=3)
-
-
-def linear_ranks(runner: LlamaRunner, text: list[int], tree: TreeRow) -> list[tuple[int, ...]]:
-    """What follows each token of the tree, of texts that are fed one by one."""
-    path = {
-        tree.row.start + index: [*tree.row.ids[: index + 1]] for index in range(len(tree.row.ids))
-    }
-    for item in tree.tail:
-        path[item.row] = [*path[item.parent_row], item.token]
-    last = tree.row.start + len(tree.row.ids) - 1
-    ranks = []
-    for tokens in (path[last], *(path[item.row] for item in tree.tail)):
-        ids = [*text[: tree.row.start], *tokens]
-        [found] = runner.forward_tree(TreeRow(Row(0, 0, ids, 1, GREEDY), (), num_ranked=3))
-        ranks.append(found)
-        runner.release(0)
-    return ranks
-
-
-@pytest.mark.parametrize("is_static", [False, True])
-@pytest.mark.parametrize("variant", ["llama", "llama, ungrouped", "qwen3"])
-def test_branches_rank_what_the_same_texts_rank_one_by_one(
-    make: Make, variant: str, is_static: bool
-) -> None:
-    choice = random.Random(f"{variant} {is_static}")
-    folder = make(variant, max_position_embeddings=LONG)
-    runner = static(folder) if is_static else lean(folder)
-    alone = lean(folder)
-    text = random_ids(300)
-    for start in (3, 120, 250, 250, 60):
-        runner.release(0)
-        feed(runner, text[:start])
-        tree = random_tree(choice, start, choice.randint(1, 9), start + 10)
-        assert runner.forward_tree(tree) == linear_ranks(alone, text, tree)
-
-
-def test_a_static_tree_leaves_the_text_as_an_ordinary_one_does(make: Make) -> None:
-    """The tokens that fill up a step are stored where nobody looks; a branch can be kept."""
-    folder, choice = make("llama"), random.Random(4)
-    static_one, ordinary = static(folder), lean(folder)
-    tree = random_tree(choice, 20, 3, 40)
-    tail = [TailToken(7, 23, 40, 22), TailToken(8, 24, 41, 40), TailToken(9, 23, 42, 22)]
-    kept = TreeRow(Row(0, 25, [3], 1, GREEDY), (), keep=[40, 41], keep_start=23, num_ranked=2)
-    for runner in (static_one, ordinary):
-        feed(runner, random_ids(20))
-        runner.forward_tree(TreeRow(tree.row, tail, num_ranked=2))
-    assert static_one.forward_tree(kept) == ordinary.forward_tree(kept)
-    expected = feed(ordinary, [5, 6], start=26)
-    assert largest(feed(static_one, [5, 6], start=26) - expected) < 1e-5
-
-
-def test_a_tree_that_is_too_large_for_a_static_step_is_fed_ordinarily(make: Make) -> None:
-    folder = make("llama", max_position_embeddings=LONG)
-    row = Row(0, 0, random_ids(60), 1, GREEDY)
-    tree = TreeRow(row, [TailToken(n, 60, 100 + n, 59) for n in range(8)], num_ranked=3)
-    runner = static(folder)
-    assert runner.forward_tree(tree) == linear_ranks(lean(folder), [], tree)
-    assert runner._trees is not None and not runner._trees._forwards
-
-
 # Capture, without a GPU
 
 
@@ -385,18 +312,6 @@ def test_draws_on_a_gpu_are_those_that_its_logits_give_on_the_host(
             logits = runner.logits(row).cpu()
             expected = draw(logits, range(start + 1, start + count + 1), params, VOCAB_SIZE)
             assert found == expected
-
-
-@pytest.mark.gpu
-def test_branches_on_a_gpu_rank_what_the_cpu_ranks(make: Make) -> None:
-    choice, folder = random.Random(1), make("llama", max_position_embeddings=LONG)
-    runner, alone, text = on_gpu(folder), lean(folder), random_ids(300)
-    for start in (3, 120, 250, 250, 60):
-        runner.release(0)
-        feed(runner, text[:start])
-        tree = random_tree(choice, start, choice.randint(1, 9), start + 10)
-        for _ in range(2):
-            assert runner.forward_tree(tree) == linear_ranks(alone, text, tree)
 
 
 @pytest.mark.gpu

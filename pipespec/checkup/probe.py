@@ -67,6 +67,8 @@ def _runner(question: Mapping[str, Any]) -> None:
     where it is None, the first dtype writes it."""
     import torch
 
+    from pipespec.runners.native import BuildError
+
     torch.set_num_threads(1)
     texts = {model["name"]: model["text"] for model in question["models"]}
     for dtype in question["dtypes"]:
@@ -75,7 +77,8 @@ def _runner(question: Mapping[str, Any]) -> None:
                 result = _measure(question, dtype, model, texts)
             except (PipeSpecError, RuntimeError, ImportError, ValueError, TypeError) as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                result = {"error": reason}
+                is_missing = isinstance(error.__cause__, BuildError)
+                result = {"obstacle" if is_missing else "error": reason}
             answer({"model": model["name"], "dtype": dtype, **result})
 
 

@@ -22,7 +22,7 @@ _ON_GPU: Final = (
 )
 # How far ahead of another a token's logit must be for a different draw to be an error.
 _NEAR_TIE: Final[Mapping[str, float]] = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-_EXPECTED: Final = ("hf", "llama", "eager")  # to run wherever they are tried
+_EXPECTED: Final = ("hf", "native", "llama", "eager")  # to run wherever they are tried
 _REMEDY: Final = 'use another "runner" in the models config, and report this'
 _SHORT: Final[Mapping[str, str]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

@@ -27,8 +27,8 @@ def check_software(num_gpus: int) -> Section:
     if compiler is None:
         findings.append(
             warning(
-                "no C++ compiler: what is compiled on first use cannot be",
-                "install g++ or clang++",
+                "no C++ compiler: models on the CPU run on the llama runner, which is slower",
+                "install g++ or clang++ for the native one",
             )
         )
     return Section("Software", findings, {**versions, "compiler": compiler})

@@ -156,6 +156,9 @@ def _run_group(
             line = answered.get((path.dtype, subject.name))
             if line is None:
                 line = {"model": subject.name, "error": reply.error or "no answer"}
+            if "obstacle" in line:
+                outcome.not_run[str(path)] = line["obstacle"]
+                continue
             if "text" in line:
                 outcome.references[subject.name] = Reference(
                     subject.prompt, tuple(line["text"]), tuple(line["margins"])

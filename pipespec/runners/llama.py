@@ -52,8 +52,8 @@ class LlamaRunner:
     or "cuda:N". vocab_size: how many ids the tokenizer knows; ids from there on are never drawn.
     context_length: positions of a slot, None for the checkpoint's; at most that. num_slots:
     requests held at a time, whose memory is taken now. num_threads: of torch, in forwards.
-    deterministic: draws come from steps of one shape, whatever is asked for at a time. use_graphs:
-    on a GPU.
+    deterministic: draws come from steps of one shape, whatever is asked for at a time; branches,
+    whose steps are of any shape, are not served then. use_graphs: on a GPU.
 
     Raises:
         UnsupportedCheckpoint: another runner is needed.
@@ -78,6 +78,9 @@ class LlamaRunner:
         length = min(context_length or arch.context_length, arch.context_length)
         torch_dtype: torch.dtype = getattr(torch, dtype)
         vocab_size = min(vocab_size, arch.vocab_size)
+        num_tail_rows = 0 if deterministic or any(arch.windows) else TAIL_ROWS
+        # A step of one shape may feed rows beyond the context, one of a tree needs one to spare.
+        num_rows = length + max(num_tail_rows, FIXED_ROWS) + 1
         grid = _FIXED_GRID if deterministic else _ROW_GRID
         with torch.inference_mode():
             model = LlamaModel(
@@ -86,7 +89,7 @@ class LlamaRunner:
                 dtype=torch_dtype,
                 device=torch.device(device),
                 vocab_size=vocab_size,
-                num_rows=-(-(length + TAIL_ROWS + 1) // grid) * grid,  # one to spare
+                num_rows=-(-num_rows // grid) * grid,
                 num_threads=num_threads,
             )
             self._free = [_Slot(model.new_cache()) for _ in range(num_slots)]
@@ -94,16 +97,15 @@ class LlamaRunner:
         self._slots: dict[int, _Slot] = {}
         self._num_embeddings = arch.vocab_size
         graphs = use_graphs and model.device.type == "cuda"
-        capture = Capture(Recorder(model.device)) if graphs else None
+        self._capture = capture = Capture(Recorder(model.device)) if graphs else None
         self._steps: StaticSteps | None = None
         if deterministic or graphs:
             fixed_rows = FIXED_ROWS if deterministic else None
             self._steps = StaticSteps(model, vocab_size, fixed_rows=fixed_rows, capture=capture)
         self._trees: TreeSteps | None = None
-        if graphs:
+        if graphs and num_tail_rows:
             spare_row = model.num_rows - 1
             self._trees = TreeSteps(model, vocab_size, spare_row=spare_row, capture=capture)
-        num_tail_rows = 0 if any(arch.windows) else TAIL_ROWS
         self._info = RunnerInfo(
             name=name,
             runner="llama",
@@ -148,16 +150,20 @@ class LlamaRunner:
         freed = self._slots.pop(slot, None)
         if freed is not None:
             freed.length = 0
+            freed.visible.clear()
             self._free.append(freed)
 
     def close(self) -> None:
         if self._model is None:
             return
-        on_gpu = self._model.device.type == "cuda"
-        self._model = self._steps = self._trees = None
+        # After a capture that failed, torch before 2.12 believes that it still goes on and refuses
+        # to give memory back (pytorch/pytorch#180395).
+        has_failed = self._capture is not None and self._capture.has_failed
+        can_empty = self._model.device.type == "cuda" and not has_failed
+        self._model = self._steps = self._trees = self._capture = None
         self._slots.clear()
         self._free.clear()
-        if on_gpu:
+        if can_empty:
             torch.cuda.empty_cache()
 
     def _slot(self, number: int) -> _Slot:

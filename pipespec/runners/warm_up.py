@@ -17,19 +17,21 @@ _NUM_BUCKETS: Final = 3  # text lengths beyond are met first by a request
 
 def warm_up(runner: ModelRunner, max_query_length: int) -> None:
     """One forward of every query length that will be used, up to a few dozen; on a GPU, at texts
-    of several lengths, each of which has graphs of its own."""
+    of several lengths, each of which has graphs of its own, and with draws of both kinds."""
     if not runner.info.weight_bytes:
         return  # an emulated model has nothing to prepare
     length = runner.info.context_length
     longest = min(max_query_length, length)
-    starts = warm_up_starts(longest, length, on_gpu=runner.info.device.startswith("cuda"))
+    on_gpu = runner.info.device.startswith("cuda")
+    starts = warm_up_starts(longest, length, on_gpu=on_gpu)
+    kinds = (SamplingParams(), SamplingParams(temperature=1.0)) if on_gpu else (SamplingParams(),)
     furthest = max(longest, starts[0])
-    sampling = SamplingParams()
-    runner.forward([Row(0, 0, [0] * furthest, min(longest, furthest), sampling)])
+    runner.forward([Row(0, 0, [0] * furthest, min(longest, furthest), kinds[0])])
     for start in starts:  # from the furthest back: a text is cut, never jumped over
         for count in range(1, min(longest, _MAX_QUERY_LENGTH) + 1):
             at = min(start, length - count)
-            runner.forward([Row(0, at, [0] * count, count, sampling)])
+            for sampling in kinds:
+                runner.forward([Row(0, at, [0] * count, count, sampling)])
     runner.release(0)
 
 
