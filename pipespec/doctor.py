@@ -136,9 +136,10 @@ class Examination:
         else:
             outcome.not_run["every runner"] = "--seconds 0"
         self._ticker.clear()
-        rows = table_rows(outcome.results)
-        if rows:
-            show_steps(self._console, rows)
+        for kind, where in (("cpu", "one core"), ("cuda", "the GPU")):
+            rows = table_rows([result for result in outcome.results if result.path.kind == kind])
+            if rows:
+                show_steps(self._console, where, rows)
         self._add(Section("Steps", result_findings(outcome.results)))
         show_not_run(self._console, outcome.not_run)
 

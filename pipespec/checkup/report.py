@@ -33,9 +33,9 @@ def show_section(console: Console, section: Section) -> None:
     console.print()
 
 
-def show_steps(console: Console, rows: Sequence[Sequence[str]]) -> None:
+def show_steps(console: Console, where: str, rows: Sequence[Sequence[str]]) -> None:
     """The times of runner paths; columns as of `table_rows`."""
-    console.print(Text("Time of a step in ms, by query length", style="bold"))
+    console.print(Text(f"Time of a step on {where} in ms, by query length", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True, max_width=16)
     table.add_column("path", no_wrap=True)

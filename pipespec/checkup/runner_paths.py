@@ -13,11 +13,10 @@ from pipespec.checkup.findings import Finding, ok, problem, warning
 
 NOT_REAL: Final = ("auto", "emulated")  # of the runners in the configuration
 _COMPILED: Final = "hf, compiled"  # with its static cache
-_LABELS: Final[Mapping[str, str]] = {"llama": "lean", "static": _COMPILED}
 _ON_GPU: Final = (
     ("hf", "hf"),
-    ("eager", "lean, eager"),
-    ("llama", "lean, graphs"),
+    ("eager", "llama, eager"),
+    ("llama", "llama, graphs"),
     ("static", _COMPILED),
 )
 # How far ahead of another a token's logit must be for a different draw to be an error.
@@ -93,11 +92,9 @@ def paths_of(runners: Sequence[str]) -> list[RunnerPath]:
     there. The first is the reference."""
     real = sorted((name for name in runners if name not in NOT_REAL), key=lambda n: n != "hf")
     on_cpu = [
-        RunnerPath(_LABELS.get(name, name), name, "cpu", dtype)
-        for name in real
-        for dtype in ("float32", "bfloat16")
+        RunnerPath(name, name, "cpu", dtype) for name in real for dtype in ("float32", "bfloat16")
     ]
-    on_cpu.append(RunnerPath(_LABELS["static"], "static", "cpu", "float32"))
+    on_cpu.append(RunnerPath(_COMPILED, "static", "cpu", "float32"))
     on_gpu = [
         RunnerPath(label, name, "cuda", dtype)
         for name, label in _ON_GPU
@@ -200,14 +197,13 @@ def table_rows(results: Sequence[PathResult]) -> list[tuple[str, ...]]:
     for result in sorted(results, key=lambda r: models.index(r.model)):
         if result.error:
             continue
-        label = result.path.label if result.path.kind == "cpu" else f"GPU: {result.path.label}"
         times = [result.step_s.get(query) for query in (1, 2, 4, 8)]
         ratio = result.ratio
         agreed = f"{result.num_equal}/{result.num_compared}" if result.num_compared else "-"
         rows.append(
             (
                 result.model,
-                label,
+                result.path.label,
                 _SHORT[result.path.dtype],
                 *(milliseconds(seconds) for seconds in times),
                 milliseconds(result.floor_s),
