@@ -119,7 +119,7 @@ class ModelConfig:
     ("cpu",), ("cpu:0",), ("cpu:0", "cpu:1"), ("auto",). threads: of torch, where the placement's
     own choice does not suit. max_memory_gib: of each device. tokenizer: a path like `path`, where
     the model has none of its own. emulated: what the emulated runner is to imitate. deterministic:
-    every step is computed in one shape, so that its bits do not depend on how many tokens it has.
+    the bits of a step must not depend on how many tokens it has.
 
     Raises:
         ConfigError: naming the key and what is allowed.

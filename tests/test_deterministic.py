@@ -18,7 +18,7 @@ from pipespec.config import GenerationParams, ModelConfig, SamplingParams, model
 from pipespec.decoding import open_hierarchy
 from pipespec.errors import ConfigError, ModelLoadError
 from pipespec.placement import StagePlacement
-from pipespec.runners.base import Row, RunnerInfo
+from pipespec.runners.base import ModelRunner, Row, RunnerInfo
 from pipespec.runners.determinism import check_deterministic, first_dependence
 from pipespec.runners.factory import load_runner
 from pipespec.runners.llama import LlamaRunner
@@ -28,6 +28,7 @@ from tests.test_runners_llama import (
     Make,
     feed,
     lean,
+    native,
     random_ids,
 )
 from tests.tiny import one_thread  # noqa: F401
@@ -63,10 +64,25 @@ def test_bits_do_not_depend_on_how_a_text_is_cut_into_steps(
         assert torch.equal(torch.cat(found), alone)
 
 
+def test_a_step_of_one_shape_reaches_the_end_of_any_context(make: Make) -> None:
+    """It feeds as many tokens there as anywhere, of which the last stand beyond the context."""
+    folder, ids = make("llama", max_position_embeddings=511), random_ids(511)
+    runner, ordinary = runner_of(folder, "float32"), lean(folder)
+    for each in (runner, ordinary):
+        feed(each, ids[:500])
+    assert (feed(runner, ids[500:], 500) - feed(ordinary, ids[500:], 500)).abs().max() < 1e-5
+    assert (feed(runner, ids[-1:], 510) - feed(ordinary, ids[-1:], 510)).abs().max() < 1e-5
+
+
+def test_branches_are_not_served_in_steps_of_one_shape(make: Make) -> None:
+    assert runner_of(make("llama"), "float32").info.num_tail_rows == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_self_test_passes_on_this_machine(make: Make, dtype: str) -> None:
+@pytest.mark.parametrize("load", [runner_of, lambda folder, dtype: native(folder, dtype=dtype)])
+def test_the_self_test_passes_on_this_machine(make: Make, load: Any, dtype: str) -> None:
     for folder in (make("llama"), make("qwen3", max_position_embeddings=LONG)):
-        check_deterministic(runner_of(folder, dtype))
+        check_deterministic(load(folder, dtype))
 
 
 @pytest.mark.gpu
@@ -130,13 +146,20 @@ def test_a_runner_that_fails_the_self_test_is_closed_and_not_returned(
     )
     monkeypatch.setattr(LlamaRunner, "close", lambda runner: closed.append(runner))
     with pytest.raises(ModelLoadError, match="depend on the weather"):
-        load(make("llama"))
+        load(make("llama"), runner="llama")
     assert len(closed) == 1
 
 
-def load(folder: Path, **options: Any) -> object:
+def load(folder: Path, **options: Any) -> ModelRunner:
     model = ModelConfig(str(folder), ("cpu",), "bfloat16", deterministic=True, **options)
     return load_runner(model, StagePlacement("cpu"), folder, VOCAB_SIZE)
+
+
+def test_the_native_runner_needs_no_steps_of_one_shape(make: Make) -> None:
+    assert [load(make("llama"), runner=runner).info.runner for runner in ("auto", "llama")] == [
+        "native",
+        "llama",
+    ]
 
 
 def test_a_model_that_only_transformers_serves_is_refused(make: Make) -> None:
@@ -165,17 +188,17 @@ def test_a_models_config_may_say_it_too() -> None:
         ModelConfig("m", ("cpu",), deterministic="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("runner", ["native", "llama"])
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=0.9, seed=5)])
 def test_in_bfloat16_all_strategies_write_the_same_tokens(
-    make: Make, sampling: SamplingParams
+    make: Make, runner: str, sampling: SamplingParams
 ) -> None:
     """The draft is the target in other arithmetic: it agrees often, and steps have all lengths."""
     folder = str(make("llama", max_position_embeddings=LONG, vocab_size=128))
+    options: dict[str, Any] = {"tokenizer": "pipespec:demo/draft-0.5M", "runner": runner}
     models = [
-        ModelConfig(folder, ("cpu",), "float32", tokenizer="pipespec:demo/draft-0.5M"),
-        ModelConfig(
-            folder, ("cpu",), "bfloat16", tokenizer="pipespec:demo/draft-0.5M", deterministic=True
-        ),
+        ModelConfig(folder, ("cpu",), "float32", **options),
+        ModelConfig(folder, ("cpu",), "bfloat16", deterministic=True, **options),
     ]
     hierarchy = open_hierarchy(models).limited_to(300)
     params = GenerationParams(max_new_tokens=60, sampling=sampling)

@@ -156,8 +156,8 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="compute every step of the target in one shape, so that all strategies agree bit for "
-        "bit, in bfloat16 too; costs time",
+        help="no bit of the target may depend on how many tokens a step has: all strategies agree, "
+        "in bfloat16 too; costs time with the llama runner",
     )
     group.add_argument(
         "--transport",
