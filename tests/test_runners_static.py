@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,22 @@ def test_a_gpu_is_warmed_up_at_texts_of_several_lengths() -> None:
         met = {bucket(end, 10_000) for end in ends}
         wanted = {bucket(end, 10_000) for end in range(1, min(length, 1024) + 1)}
         assert met == wanted
+
+
+def test_a_gpu_is_warmed_up_with_and_without_noise(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a graph of its own for its draws."""
+    runner, met = lean(make("llama")), set()
+    info = replace(runner.info, device="cuda:0")
+    monkeypatch.setattr(LlamaRunner, "info", info)
+    monkeypatch.setattr(
+        runner,
+        "forward",
+        lambda rows: met.update((len(row.ids), row.sampling.is_greedy) for row in rows),
+    )
+    warm_up(runner, 9)
+    assert {(count, greedy) for count in range(1, 10) for greedy in (True, False)} <= met
 
 
 # The same logits and draws as the ordinary forward
@@ -330,11 +347,12 @@ def test_a_warmed_up_gpu_captures_nothing_during_a_text(make: Make) -> None:
     runner = on_gpu(make("llama", max_position_embeddings=LONG))
     warm_up(runner, 9)
     assert runner._steps is not None
-    num_graphs = len(runner._steps._forwards)
+    num_graphs = len(runner._steps._forwards), len(runner._steps._draws)
     runner.forward([Row(0, 0, random_ids(240), 1, GREEDY)])
     for start in range(240, 500, 9):
-        runner.forward([Row(0, start, random_ids(9), 9, GREEDY)])
-    assert len(runner._steps._forwards) == num_graphs
+        for params in (GREEDY, SAMPLED):
+            runner.forward([Row(0, start, random_ids(9), 9, params)])
+    assert (len(runner._steps._forwards), len(runner._steps._draws)) == num_graphs
 
 
 @pytest.mark.gpu

@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pipespec.interrupts import hold_interrupts
 from pipespec.placement import StagePlacement
 from pipespec.stage_process import stage_environment
+
+_GRACE_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,25 @@ def ask(
         process.kill()
         output, errors = process.communicate()
     finally:
-        process.kill()
-        process.wait()
+        _end(process)
     return Reply(_parse(output), _why(process.returncode, errors, timeout_s if is_late else None))
 
 
 def answer(values: Mapping[str, Any]) -> None:
     """In a child: one line of the reply. What libraries print must not get between the lines."""
     os.write(1, (json.dumps(values) + "\n").encode())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Interrupts what still runs, so that it can end what it started itself, then kills it."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _parse(output: str) -> tuple[dict[str, Any], ...]:
