@@ -194,8 +194,8 @@ def test_branches_come_fork_grow_and_end_at_random(
         count = len(growing) + len(starting)
         used = {row for rows in alive for row in rows}
         lowest = max([230, *(rows[-1] + 1 for rows in growing)])
-        places = [n for n in range(lowest, 400) if used.isdisjoint(range(n, n + count))]
-        first, num_own = choice.choice(places[:30]), len(branches.text) + len(own)
+        places = [n for n in range(lowest, 700) if used.isdisjoint(range(n, n + count))]
+        first, num_own = choice.choice(places[:12]), len(branches.text) + len(own)
         fed = [*growing, *starting]
         parents = [rows[-1] if rows else choice.randrange(num_own) for rows in fed]
         branches.step(own, *zip(range(first, first + count), parents, strict=True))

@@ -26,11 +26,14 @@ from pipespec.transport import Keys, ZmqTransport
 from pipespec.worker import pin
 from pipespec.worker_spec import endpoint_in, make_run_dir
 
-NUM_TRIPS: Final = 400
+NUM_TRIPS: Final = 400  # as far as time allows
 SLICE_S: Final = 100e-6  # of computing between two looks: a small draft's step
 SLOW_US: Final = 500.0
+_MIN_TRIPS: Final = 20
+_MEASURE_S: Final = 3.0
 _PEER_GONE_S: Final = 5.0
-_TIMEOUT_S: Final = 30.0
+_TIMEOUT_S: Final = 60.0
+_IDLE, _BUSY, _STOP = 1, 2, 3  # what a message tells the other peer to do until the next
 
 
 def check_links(cores: Sequence[int], environ: Mapping[str, str]) -> Section:
@@ -93,7 +96,6 @@ def _measure(question: Mapping[str, Any]) -> None:
                 "endpoint": endpoint,
                 "keys": None if keys is None else [keys.public, keys.secret],
                 "core": question["peer_core"],
-                "num_trips": count,
             }
             with hold_interrupts():
                 peer = subprocess.Popen(
@@ -107,8 +109,9 @@ def _measure(question: Mapping[str, Any]) -> None:
                 peer.stdin.close()
                 pin(question["cores"])
                 _await_peer(transport)
-                for peers, slice_s in (("idle", 0.0), ("busy", SLICE_S)):
-                    answer({"peers": peers, **_round_trips(transport, count, slice_s)})
+                for peers, mode in (("idle", _IDLE), ("busy", _BUSY)):
+                    answer({"peers": peers, **_round_trips(transport, count, mode)})
+                transport.send(Link.DOWN, _frame(_STOP))
                 peer.wait(_PEER_GONE_S)
             finally:
                 peer.kill()
@@ -120,32 +123,35 @@ def _measure(question: Mapping[str, Any]) -> None:
 def _await_peer(transport: ZmqTransport[Link]) -> None:
     """Makes a first round trip, as soon as there is someone to send to."""
     deadline_s = time.monotonic() + _TIMEOUT_S / 2
-    while not transport.send(Link.DOWN, _frame(0)):
+    while not transport.send(Link.DOWN, _frame(_IDLE)):
         if time.monotonic() > deadline_s:
             raise PipeSpecError("the peer did not connect")
         time.sleep(0.01)
-    _await_reply(transport, 0.0)
+    _await_reply(transport, _IDLE)
 
 
 def _round_trips(
-    transport: ZmqTransport[Link], num_trips: int, slice_s: float
+    transport: ZmqTransport[Link], num_trips: int, mode: int
 ) -> dict[str, float | int]:
-    times_us = []
-    for number in range(num_trips):
+    times_us: list[float] = []
+    deadline_s = time.perf_counter() + _MEASURE_S
+    while len(times_us) < num_trips:
         start_s = time.perf_counter()
-        transport.send(Link.DOWN, _frame(number))
-        _await_reply(transport, slice_s)
+        if start_s > deadline_s and len(times_us) >= _MIN_TRIPS:
+            break
+        transport.send(Link.DOWN, _frame(mode))
+        _await_reply(transport, mode)
         times_us.append(1e6 * (time.perf_counter() - start_s))
     times_us.sort()
     return {
         "median_us": median(times_us),
-        "p99_us": times_us[int(0.99 * (num_trips - 1))],
-        "num_trips": num_trips,
+        "p99_us": times_us[int(0.99 * (len(times_us) - 1))],
+        "num_trips": len(times_us),
     }
 
 
-def _await_reply(transport: ZmqTransport[Link], slice_s: float) -> None:
-    if not _arrived(transport, slice_s):
+def _await_reply(transport: ZmqTransport[Link], mode: int) -> None:
+    if _arrival(transport, mode) is None:
         raise PipeSpecError(f"the peer did not answer within {_PEER_GONE_S:g} s")
 
 
@@ -154,31 +160,29 @@ def _reply_to_peer(question: Mapping[str, Any]) -> None:
     with ZmqTransport[Link](keys=keys) as transport:
         transport.connect(Link.UP, question["endpoint"])
         pin([question["core"]])
-        for slice_s, num_trips in (
-            (0.0, 1 + question["num_trips"]),
-            (SLICE_S, question["num_trips"]),
-        ):
-            for number in range(num_trips):
-                if not _arrived(transport, slice_s):
-                    return
-                transport.send(Link.UP, _frame(number))
+        mode = _arrival(transport, _IDLE)
+        while mode in (_IDLE, _BUSY):
+            transport.send(Link.UP, _frame(mode))
+            mode = _arrival(transport, mode)
 
 
-def _arrived(transport: ZmqTransport[Link], slice_s: float) -> bool:
-    """Waits for a message: asleep, or computing in slices. False if the peer must be gone."""
+def _arrival(transport: ZmqTransport[Link], mode: int) -> int | None:
+    """Waits for a message: asleep, or computing in slices. Returns what it tells to do; None if the
+    peer must be gone."""
     deadline_s = time.perf_counter() + _PEER_GONE_S
     while time.perf_counter() < deadline_s:
-        if transport.receive(0.0 if slice_s else _PEER_GONE_S):
-            return True
-        until_s = time.perf_counter() + slice_s
+        for _, frame in transport.receive(0.0 if mode == _BUSY else _PEER_GONE_S):
+            assert isinstance(frame.message, Draft)
+            return frame.message.request
+        until_s = time.perf_counter() + (SLICE_S if mode == _BUSY else 0.0)
         while time.perf_counter() < until_s:
             pass
-    return False
+    return None
 
 
-def _frame(number: int) -> Frame:
+def _frame(mode: int) -> Frame:
     """What a draft sends after four tokens."""
-    return Frame(0, 1, 1, number, Draft(1, 1 << 63, number, (101, 2002, 30, 4), False))
+    return Frame(0, 1, 1, 0, Draft(mode, 1 << 63, 0, (101, 2002, 30, 4), False))
 
 
 if __name__ == "__main__":
