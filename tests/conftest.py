@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 # Published data sets and the original's result files, too large to be part of the project.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes the tiny checkpoint of one of the lean runner's variants, once."""
-    from tests.test_runners_llama import VARIANTS
-    from tests.tiny import make_tiny
-
-    made: dict[str, Path] = {}
-
-    def make_variant(variant: str, **config: Any) -> Path:
-        key = f"{variant} {sorted(config.items())}"
-        if key not in made:
-            values = VARIANTS[variant] | config
-            made[key] = make_tiny(
-                tmp_path_factory.mktemp("tiny"), variant.partition(",")[0], **values
-            )
-        return made[key]
-
-    return make_variant
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

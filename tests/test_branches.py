@@ -13,13 +13,14 @@ import pytest
 from pipespec.runners.base import Row, TailToken, TreeRow
 from pipespec.runners.llama import LlamaRunner
 from pipespec.runners.native import NativeRunner
-from tests.test_runners_llama import (
+from tests.test_runners_llama import (  # noqa: F401
     GREEDY,
     VOCAB_SIZE,
     Make,
     feed,
     largest,
     lean,
+    make_fixture,
     native,
     random_ids,
 )

@@ -22,12 +22,13 @@ from pipespec.runners.base import ModelRunner, Row, RunnerInfo
 from pipespec.runners.determinism import check_deterministic, first_dependence
 from pipespec.runners.factory import load_runner
 from pipespec.runners.llama import LlamaRunner
-from tests.test_runners_llama import (
+from tests.test_runners_llama import (  # noqa: F401
     GREEDY,
     VOCAB_SIZE,
     Make,
     feed,
     lean,
+    make_fixture,
     native,
     random_ids,
 )

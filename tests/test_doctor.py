@@ -34,7 +34,7 @@ from pipespec.config import RUNNERS
 from pipespec.placement import Machine
 from tests.processes import DEADLINE_S, nothing_left_in, python, wait_until
 from tests.test_checkup import marks
-from tests.test_runners_llama import Make
+from tests.test_runners_llama import Make, make_fixture  # noqa: F401
 from tests.tiny import one_thread  # noqa: F401
 
 HF = RunnerPath("hf", "hf", "cpu", "float32")

@@ -66,6 +66,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Make = Callable[..., Path]
 
 
+@pytest.fixture(scope="module", name="make")
+def make_fixture(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes the checkpoint of a variant, once."""
+    made: dict[str, Path] = {}
+
+    def make_variant(variant: str, **config: Any) -> Path:
+        key = f"{variant} {sorted(config.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny")
+            values = VARIANTS[variant] | config
+            made[key] = make_tiny(folder, variant.partition(",")[0], **values)
+        return made[key]
+
+    return make_variant
+
+
 Runner = LlamaRunner | NativeRunner | HfRunner
 Loader = partial[LlamaRunner] | partial[NativeRunner] | partial[HfRunner]
 lean: Loader = partial(

@@ -26,7 +26,7 @@ from pipespec.runners.native import NativeRunner
 from pipespec.runners.native.build import processor
 from pipespec.runners.rows import CHUNK, draw_positions
 from pipespec.sampling import rank
-from tests.test_runners_llama import (
+from tests.test_runners_llama import (  # noqa: F401
     CONTEXT_LENGTH,
     GREEDY,
     VOCAB_SIZE,
@@ -35,6 +35,7 @@ from tests.test_runners_llama import (
     each_lean,
     feed,
     largest,
+    make_fixture,
     native,
     random_ids,
 )

@@ -25,7 +25,7 @@ from pipespec.runners.rows import SMALLEST_BUCKET, bucket, chunks
 from pipespec.runners.tree_steps import TreeSteps
 from pipespec.runners.warm_up import warm_up, warm_up_starts
 from pipespec.sampling import draw
-from tests.test_runners_llama import (
+from tests.test_runners_llama import (  # noqa: F401
     CONTEXT_LENGTH,
     GREEDY,
     VARIANTS,
@@ -34,6 +34,7 @@ from tests.test_runners_llama import (
     feed,
     largest,
     lean,
+    make_fixture,
     random_ids,
 )
 from tests.tiny import one_thread  # noqa: F401

@@ -24,7 +24,7 @@ from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
 from pipespec.runners.tree_steps import TreeSteps, TreeTokens
 
-TAIL_ROWS = 192  # of each slot, beyond its context, for branches
+TAIL_ROWS = 256  # of each slot, beyond its context, for branches: as many as the native runner has
 _ROW_GRID = 64  # a cache has a multiple of so many rows: GPU kernels want aligned masks
 _FIXED_GRID = 512  # and of so many where bits count: attention on CPU goes by blocks of this size
 
