@@ -118,7 +118,8 @@ class ModelConfig:
     devices: as the user wrote them, always a tuple: ("cuda:0",), ("cuda:0", "cuda:1"), ("cuda",),
     ("cpu",), ("cpu:0",), ("cpu:0", "cpu:1"), ("auto",). threads: of torch, where the placement's
     own choice does not suit. max_memory_gib: of each device. tokenizer: a path like `path`, where
-    the model has none of its own. emulated: what the emulated runner is to imitate.
+    the model has none of its own. emulated: what the emulated runner is to imitate. deterministic:
+    the bits of a step must not depend on how many tokens it has.
 
     Raises:
         ConfigError: naming the key and what is allowed.
@@ -133,6 +134,7 @@ class ModelConfig:
     max_memory_gib: float | None = None
     tokenizer: str | None = None
     emulated: Mapping[str, Any] | None = field(default=None, hash=False)
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         _check_text("path", self.path)
@@ -150,6 +152,8 @@ class ModelConfig:
             raise _wrong("max_memory_gib", limit, "a number of GiB from 0.001 to 1000000")
         if self.tokenizer is not None:
             _check_text("tokenizer", self.tokenizer)
+        if not isinstance(self.deterministic, bool):
+            raise _wrong("deterministic", self.deterministic, "true or false")
         if self.emulated is not None and not isinstance(self.emulated, Mapping):
             raise _wrong("emulated", self.emulated, "an object")
         if self.runner == "emulated" and self.emulated is None:

@@ -57,6 +57,37 @@ def draw(
     return chosen
 
 
+def keeps_all(params: SamplingParams) -> bool:
+    """Whether `params` drops no token: what `draw_on_device` can do."""
+    return params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0
+
+
+def draw_on_device(
+    logits: Tensor, positions: Tensor, temperature: Tensor, constants: Tensor | None
+) -> Tensor:
+    """`draw` without a look at any value on the host, so that a CUDA graph can hold it: [n] int64,
+    -1 for a row without a finite maximum.
+
+    logits: [n, vocab]. positions: [n] int64, of the tokens being chosen. temperature: [] float64.
+    constants: of the seed, see `philox_constants`; None takes the most likely token. All on one
+    device.
+    """
+    highest, ids = logits.max(dim=-1)
+    if constants is not None:
+        scores = _scale(logits, highest, temperature)
+        scores += _noise_of_all(constants, TOKEN_STREAM, positions.unsqueeze(1), scores.shape[1])
+        ids = scores.argmax(dim=-1)
+    return ids.masked_fill_(highest.isfinite().logical_not_(), -1)
+
+
+def damaged_logits() -> PipeSpecError:
+    """The error for logits without a finite maximum."""
+    return PipeSpecError(
+        "the model's logits are NaN or infinite: its weights are damaged or overflow in this "
+        "dtype; try dtype float32 or bfloat16 in the models config"
+    )
+
+
 def rank(
     logits: Tensor, positions: Sequence[int], params: SamplingParams, vocab_size: int, count: int
 ) -> list[tuple[int, ...]]:
@@ -90,10 +121,7 @@ def _most_likely(
         logits = logits[:, :vocab_size]
     highest, ids = logits.max(dim=-1)  # the first of equal maxima, like argmax but faster
     if not all(map(math.isfinite, highest.tolist())):
-        raise PipeSpecError(
-            "the model's logits are NaN or infinite: its weights are damaged or overflow in this "
-            "dtype; try dtype float32 or bfloat16 in the models config"
-        )
+        raise damaged_logits()
     return logits, highest, ids
 
 
@@ -105,7 +133,8 @@ def _perturbed(
     at = torch.tensor(positions, device=logits.device).unsqueeze(1)
     keep = _survivors(scaled, params)
     if keep is None:
-        scaled += _noise_of_all(params.seed, TOKEN_STREAM, at, scaled.shape[1])
+        constants = philox_constants(params.seed).to(logits.device)
+        scaled += _noise_of_all(constants, TOKEN_STREAM, at, scaled.shape[1])
     else:
         rows, tokens = keep.nonzero(as_tuple=True)
         noise = gumbel_noise(params.seed, TOKEN_STREAM, at[rows, 0], tokens)
@@ -135,7 +164,8 @@ def gumbel_noise(seed: int, stream: int, positions: Tensor, token_ids: Tensor) -
     a function of (seed, stream, position, token id) and of nothing else.
     """
     token_ids, positions = torch.broadcast_tensors(token_ids, positions)  # type: ignore[no-untyped-call]
-    words = _philox_words(seed, stream, positions, token_ids >> 1)
+    constants = philox_constants(seed).to(positions.device)
+    words = _philox_words(constants, stream, positions, token_ids >> 1)
     odd = (token_ids & 1).bool()
     return _gumbel(torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1]))
 
@@ -145,20 +175,28 @@ def philox_4x32(counter: Tensor, seed: int) -> Tensor:
 
     counter: [4, ...] int64, each a 32-bit word, word 0 first. Returns four such words.
     """
-    trailing = [1] * (counter.dim() - 1)
-    keys = torch.tensor(
+    return _philox(counter, philox_constants(seed).to(counter.device))
+
+
+def philox_constants(seed: int) -> Tensor:
+    """[11, 2] int64 on the CPU: the keys of each round under the 64-bit key `seed`, and the
+    multipliers."""
+    keys = [
         [
-            [
-                ((seed >> 32 * half) + index * step) & _MASK32
-                for half, step in ((0, _KEY_STEPS[0]), (1, _KEY_STEPS[1]))
-            ]
-            for index in range(_NUM_ROUNDS)
-        ],
-        device=counter.device,
-    ).view(_NUM_ROUNDS, 2, *trailing)
-    multipliers = torch.tensor(_MULTIPLIERS, device=counter.device).view(2, *trailing)
+            ((seed >> 32 * half) + index * step) & _MASK32
+            for half, step in ((0, _KEY_STEPS[0]), (1, _KEY_STEPS[1]))
+        ]
+        for index in range(_NUM_ROUNDS)
+    ]
+    return torch.tensor([*keys, _MULTIPLIERS])
+
+
+def _philox(counter: Tensor, constants: Tensor) -> Tensor:
+    """`philox_4x32` with the constants of a seed, on the counter's device."""
+    trailing = [1] * (counter.dim() - 1)
+    *keys, multipliers = constants.view(_NUM_ROUNDS + 1, 2, *trailing).unbind()
     even, odd = counter[0::2], counter[1::2]
-    for key in keys.unbind():
+    for key in keys:
         # 32 x 32 -> 64 bits: int64 wraps, and the bit pattern is that of the unsigned product.
         # Its low half is masked only where it is used: one round later, or at the end.
         swapped = (even * multipliers).flip(0)
@@ -168,7 +206,7 @@ def philox_4x32(counter: Tensor, seed: int) -> Tensor:
     return torch.stack((even[0], odd[0], even[1], odd[1]))
 
 
-def _scale(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
+def _scale(logits: Tensor, highest: Tensor, temperature: float | Tensor) -> Tensor:
     """(logits - highest) / T in float64: 0 for the most likely token, at any T."""
     return (logits - highest.double().unsqueeze(1)).div_(temperature)
 
@@ -211,22 +249,22 @@ def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     return keep.scatter_(1, ids.gather(1, order), inside)
 
 
-def _noise_of_all(seed: int, stream: int, positions: Tensor, num_tokens: int) -> Tensor:
+def _noise_of_all(constants: Tensor, stream: int, positions: Tensor, num_tokens: int) -> Tensor:
     """`gumbel_noise` of the tokens 0 to num_tokens - 1: [n, num_tokens] for positions [n, 1].
 
     Half the work: one generator block serves an even token and the odd one after it.
     """
     blocks = torch.arange((num_tokens + 1) // 2, device=positions.device)
     shape = (len(positions), len(blocks))
-    words = _philox_words(seed, stream, positions.expand(shape), blocks.expand(shape))
+    words = _philox_words(constants, stream, positions.expand(shape), blocks.expand(shape))
     noise = _gumbel(words[0::2], words[1::2])  # [2, n, blocks]: even tokens, odd tokens
     return noise.movedim(0, -1).flatten(1)[:, :num_tokens]
 
 
-def _philox_words(seed: int, stream: int, positions: Tensor, blocks: Tensor) -> Tensor:
+def _philox_words(constants: Tensor, stream: int, positions: Tensor, blocks: Tensor) -> Tensor:
     """The generator's four words for each (position, block of two tokens): [4, ...] int64."""
     streams = torch.full_like(blocks, stream)
-    return philox_4x32(torch.stack((blocks, positions & _MASK32, positions >> 32, streams)), seed)
+    return _philox(torch.stack((blocks, positions & _MASK32, positions >> 32, streams)), constants)
 
 
 def _gumbel(high: Tensor, low: Tensor) -> Tensor:

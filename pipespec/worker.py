@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipespec.config import SamplingParams
 from pipespec.errors import PipeSpecError, StageError
 from pipespec.messages import (
     MAX_TEXT,
@@ -39,7 +38,8 @@ from pipespec.messages import (
     Ready,
     Shutdown,
 )
-from pipespec.runners.base import ModelRunner, Row
+from pipespec.runners.base import ModelRunner
+from pipespec.runners.warm_up import warm_up
 from pipespec.transport import ZmqTransport
 from pipespec.worker_spec import RunSpec, StageSpec, endpoint_in, read_spec
 
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipespec.worker")
 
 WATCH_INTERVAL_S: Final = 0.5
-_MAX_WARM_UP_LENGTH: Final = 32  # longer forwards are rare, and each length costs one
 
 
 class StageSession:
@@ -180,8 +179,7 @@ def serve_model(session: StageSession, load: LoadRunner = load_stage_runner) -> 
     runner = load(session)
     try:
         session.enter("warming up")
-        if runner.info.weight_bytes:  # a runner without weights has nothing to prepare
-            warm_up(runner, spec.schedule.run_ahead + 1)
+        warm_up(runner, spec.schedule.run_ahead + 1)
         if not session.await_neighbours():
             return
         session.report(Ready(time.monotonic() - started_at, describe(runner)))
@@ -197,18 +195,6 @@ def serve_model(session: StageSession, load: LoadRunner = load_stage_runner) -> 
         ).run()
     finally:
         runner.close()
-
-
-def warm_up(runner: ModelRunner, max_query_length: int) -> None:
-    """One forward of every query length that will be used, up to a few dozen: kernels are chosen,
-    graphs captured and weights read before the first request is timed."""
-    context_length = runner.info.context_length
-    longest = min(max_query_length, context_length)
-    runner.forward([Row(0, 0, [0] * longest, longest, SamplingParams())])
-    for length in range(1, min(longest, _MAX_WARM_UP_LENGTH) + 1):
-        start = min(longest, context_length - length)
-        runner.forward([Row(0, start, [0] * length, length, SamplingParams())])
-    runner.release(0)
 
 
 def describe(runner: ModelRunner) -> dict[str, Any]:

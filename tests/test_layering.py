@@ -25,7 +25,10 @@ LAYERS = (
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
-    ("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "comparison", "compare"),
+    (
+        *("dry_run", "commands", "benchmark", "run_example", "fit_emulation"),
+        *("comparison", "compare", "checkup", "doctor"),
+    ),
 )
 # Commands that live beside what they are about; nothing may import them.
 COMMANDS = ("demo.train", "demo.evaluate", "comparison.published")
@@ -74,7 +77,7 @@ LIGHT = (
     *("pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.worker"),
     *("pipespec.placement", "pipespec.checkpoint", "pipespec.tokenizer", "pipespec.data"),
     *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
-    *("pipespec.emulation", "pipespec.fit_emulation"),
+    *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipespec import benchmark, compare, run_example
+from pipespec import benchmark, compare, doctor, run_example
 from pipespec.config import load_models_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
     "pipespec.benchmark": benchmark.make_parser,
     "pipespec.compare": compare.make_parser,
+    "pipespec.doctor": doctor.make_parser,
     "pipespec.run_example": run_example.make_parser,
 }
 

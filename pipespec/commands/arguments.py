@@ -156,6 +156,12 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
         help="runs every model with it; auto leaves it to the models config",
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="no bit of the target may depend on how many tokens a step has: all strategies agree, "
+        "in bfloat16 too; costs time with the llama runner",
+    )
+    group.add_argument(
         "--transport",
         choices=TRANSPORTS,
         default="ipc",

@@ -75,6 +75,8 @@ def read_settings(options: argparse.Namespace) -> Settings:
     models = load_models_config(config_path)
     if options.runner != "auto":
         models = tuple(replace(model, runner=options.runner) for model in models)
+    if options.deterministic:  # the target alone decides what is written
+        models = (*models[:-1], replace(models[-1], deterministic=True))
     _check_strategies(strategies, schedule, models, config_path)
     timeout_s = options.ready_timeout
     if not (math.isfinite(timeout_s) and timeout_s > 0):

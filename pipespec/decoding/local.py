@@ -7,14 +7,17 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Final
 
-from pipespec.config import SamplingParams
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.placement import StagePlacement
-from pipespec.runners.base import ModelRunner, Row
+from pipespec.runners.base import ModelRunner
 from pipespec.runners.factory import load_runner
+from pipespec.runners.warm_up import warm_up
 
 log = logging.getLogger(__name__)
+
+_WARM_UP_LENGTH: Final = 8
 
 
 def load_runners(hierarchy: Hierarchy) -> list[ModelRunner]:
@@ -31,19 +34,11 @@ def load_runners(hierarchy: Hierarchy) -> list[ModelRunner]:
                     hierarchy.context_length,
                 )
             )
-            warm_up(runners[-1])
+            warm_up(runners[-1], _WARM_UP_LENGTH)
     except BaseException:
         close_all(runners)
         raise
     return runners
-
-
-def warm_up(runner: ModelRunner) -> None:
-    """First calls compile, allocate and fill caches; no request should pay for them."""
-    sampling, length = SamplingParams(), min(8, runner.info.context_length)
-    for count in range(length, 0, -1):
-        runner.forward([Row(0, 0, [0] * count, count, sampling)])
-    runner.release(0)
 
 
 def close_all(runners: list[ModelRunner]) -> None:

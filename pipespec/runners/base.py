@@ -53,9 +53,11 @@ class TailToken:
 class TreeRow:
     """A row and, in the same forward, tokens of branches that leave its slot's text.
 
-    row.ids may be empty. tail: in cache rows that follow each other, each after its parent. keep:
-    cache rows to copy to `keep_start` and after before anything is fed; they are part of the text
-    then. num_ranked: how many tokens to return for each draw, best first.
+    row.ids may be empty. tail: in cache rows that follow each other, each after its parent, all
+    behind the text. Rows of a branch that nothing follows any more may be used again, lower or
+    higher than those of branches that live on. keep: cache rows to copy to `keep_start` and after
+    before anything is fed; they are part of the text then. num_ranked: how many tokens to return
+    for each draw, best first.
     """
 
     row: Row

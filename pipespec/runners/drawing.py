@@ -19,11 +19,13 @@ def draw_rows(
     info: RunnerInfo,
     num_embeddings: int,
     row_logits: Callable[[Row], Tensor],
+    row_draws: Callable[[Row], list[int] | None] | None = None,
 ) -> list[list[int]]:
     """Feeds every row in turn; `result[r]` holds the draws of `rows[r]`.
 
     num_embeddings: ids that the model has an embedding for. row_logits: feeds a row and returns
-    [num_draws, vocab_size].
+    [num_draws, vocab_size]. row_draws: feeds a row and returns its draws, or None if that is left
+    to the logits; then nothing was fed.
 
     Raises:
         PipeSpecError: a position beyond the context or an id beyond the embedding; nothing was
@@ -31,11 +33,15 @@ def draw_rows(
     """
     for row in rows:
         check_row(row, info, num_embeddings)
+
+    def drawn(row: Row) -> list[int]:
+        draws = None if row_draws is None else row_draws(row)
+        if draws is not None:
+            return draws
+        return draw(row_logits(row), draw_positions(row), row.sampling, info.vocab_size)
+
     with _memory_of(info):
-        return [
-            draw(row_logits(row), draw_positions(row), row.sampling, info.vocab_size)
-            for row in rows
-        ]
+        return [drawn(row) for row in rows]
 
 
 def rank_tree(

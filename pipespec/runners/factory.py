@@ -37,7 +37,8 @@ def load_runner(
     checkpoint's. num_slots: requests held at a time.
 
     Raises:
-        ModelLoadError: weights or device that are missing or do not fit, naming the model.
+        ModelLoadError: weights or device that are missing or do not fit, naming the model; or a
+            "deterministic" model whose bits vary here.
         ConfigError: an "emulated" object that is wrong.
     """
     if model.emulated is not None:
@@ -56,7 +57,21 @@ def load_runner(
         '"quantize", or more devices'
     )
     with out_of_memory_as(ModelLoadError, message):
-        return _load(model, placement, folder, vocab_size, context_length, num_slots)
+        runner = _load(model, placement, folder, vocab_size, context_length, num_slots)
+        if model.deterministic:
+            _check_deterministic(runner)
+        return runner
+
+
+def _check_deterministic(runner: ModelRunner) -> None:
+    from pipespec.runners.determinism import LogitRunner, check_deterministic
+
+    assert isinstance(runner, LogitRunner), "every runner of a real model has logits"
+    try:
+        check_deterministic(runner)
+    except BaseException:
+        runner.close()
+        raise
 
 
 def _load(
@@ -86,7 +101,7 @@ def _load(
         if obstacle or not (is_asked or model.runner == "auto"):
             continue
         try:
-            return _load_lean(runner, folder, placement.device, options)
+            return _load_lean(runner, folder, model, placement, options)
         except BuildError as error:
             if is_asked:
                 raise ModelLoadError(f'{model.name}: {error}; or "runner": "llama"') from error
@@ -95,6 +110,12 @@ def _load(
             if is_asked:
                 raise ModelLoadError(f'{model.name}: {error}; use "runner": "hf"') from error
             log.info("%s: the %s runner does not serve it: %s", model.name, runner, error)
+    if model.deterministic:
+        raise ModelLoadError(
+            f"--deterministic: {model.name} would be served by the hf runner, whose bits vary with "
+            "the length of a step; use an unquantized target of the Llama, Qwen2, Qwen3 or Mistral "
+            "kind on one device, or leave the flag out"
+        )
     from pipespec.runners.hf import HfRunner
 
     return HfRunner(
@@ -109,15 +130,23 @@ def _load(
     )
 
 
-def _load_lean(runner: str, folder: Path, device: str, options: dict[str, Any]) -> ModelRunner:
+def _load_lean(
+    runner: str,
+    folder: Path,
+    model: ModelConfig,
+    placement: StagePlacement,
+    options: dict[str, Any],
+) -> ModelRunner:
     """One of `_LEAN`. options: what all of them take."""
-    if runner == "native":
+    if runner == "native":  # deterministic by construction
         from pipespec.runners.native import NativeRunner
 
         return NativeRunner(folder, **options)
     from pipespec.runners.llama import LlamaRunner
 
-    return LlamaRunner(folder, device=device, **options)
+    return LlamaRunner(
+        folder, device=placement.device, deterministic=model.deterministic, **options
+    )
 
 
 def _obstacle(runner: str, model: ModelConfig, placement: StagePlacement) -> str:

@@ -10,6 +10,7 @@ from pipespec.errors import PipeSpecError
 from pipespec.runners.base import Row, RunnerInfo, TreeRow
 
 CHUNK: Final = 512  # tokens of a prompt in one forward, cut at multiples of it
+SMALLEST_BUCKET: Final = 256
 
 
 def check_row(row: Row, info: RunnerInfo, num_embeddings: int) -> None:
@@ -57,14 +58,21 @@ def draw_positions(row: Row) -> range:
     return range(end - row.num_draws + 1, end + 1)
 
 
-def chunks(start: int, count: int) -> list[tuple[int, int]]:
+def chunks(start: int, count: int, *, on_grid: bool = False) -> list[tuple[int, int]]:
     """Cuts positions `start` to `start + count` into pieces (start, stop) of at most `CHUNK`.
 
-    What fits in one piece stays whole; else cuts are at absolute multiples of `CHUNK`, so that a
-    prompt is computed alike wherever its feeding began.
+    Cuts are at absolute multiples of `CHUNK`, so that a prompt is computed alike wherever its
+    feeding began; what fits in one piece stays whole, unless `on_grid`.
     """
     end = start + count
-    if count <= CHUNK:
+    if count <= CHUNK and not on_grid:
         return [(start, end)]
     cuts = [start, *range((start // CHUNK + 1) * CHUNK, end, CHUNK), end]
     return list(pairwise(cuts))
+
+
+def bucket(end: int, num_rows: int) -> int:
+    """Of how many cache rows a static step looks at whose text ends before row `end`: a power of
+    two, so that short texts do not pay for the whole cache, and few shapes serve all lengths."""
+    assert 0 < end <= num_rows
+    return min(num_rows, max(SMALLEST_BUCKET, 1 << (end - 1).bit_length()))

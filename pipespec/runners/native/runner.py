@@ -44,7 +44,7 @@ from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import Architecture, UnsupportedCheckpoint, read_architecture
 from pipespec.runners.base import TAIL_ROWS, Row, RunnerInfo, TailToken, TreeRow
 from pipespec.runners.drawing import draw_rows, rank_tree
-from pipespec.runners.llama_model import rotations
+from pipespec.runners.llama_weights import rotations
 from pipespec.runners.native import library
 from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
