@@ -33,6 +33,7 @@ class Links:
             Link.DOWN: incarnations[index + 1] if index < last else 0,
             Link.LAUNCHER: 0,
         }
+        self._greeted = dict.fromkeys(Link, 0)
         self._sequence = dict.fromkeys(Link, 0)
         self.num_old_frames = 0
 
@@ -50,6 +51,10 @@ class Links:
         if frame.incarnation < self._known[link] or is_stale_verdict:
             self.num_old_frames += 1
             return Arrival.OLD
-        is_new = frame.incarnation > self._known[link] or isinstance(frame.message, Hello)
+        # A Hello counts once: verdicts are numbered anew for a new peer, and must not be twice.
+        is_hello = isinstance(frame.message, Hello) and frame.incarnation > self._greeted[link]
+        is_new = is_hello or frame.incarnation > self._known[link]
         self._known[link] = frame.incarnation
+        if is_new:
+            self._greeted[link] = frame.incarnation
         return Arrival.NEW_PEER if is_new else Arrival.KNOWN
