@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pipespec.emulation import Oracle
+from pipespec.emulation import TokenOracle
 from pipespec.hashing import hash_tokens
 from pipespec.messages import Draft
 from pipespec.simulate.cache import Cache
@@ -48,7 +48,7 @@ def check_feed(request: RequestState, feed: Feed, cache: Cache) -> None:
     check(feed.row > request.acked + request.role.run_ahead, "a branch keeps clear of own rows")
 
 
-def check_draws(request: RequestState, num_before: int, oracle: Oracle) -> None:
+def check_draws(request: RequestState, num_before: int, oracle: TokenOracle) -> None:
     """After a forward: every token it added is the model's choice for the prefix before it."""
     for position in range(num_before, len(request.seq)):
         expected = oracle.draw(request.hashes[position])

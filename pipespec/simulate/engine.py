@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipespec.emulation import Oracle
+from pipespec.emulation import Oracle, TokenOracle
 from pipespec.errors import StageError
 from pipespec.messages import (
     LAUNCHER,
@@ -34,7 +34,7 @@ from pipespec.state.request import RequestState
 from pipespec.state.stage import StageState
 from pipespec.state.step import Step
 
-MAX_EVENTS = 200_000
+MAX_EVENTS = 200_000  # and as many again for each thousand tokens of output
 TICK_S = 2.0
 STALL_S = 10.0
 SAME_MOMENT_S = 1e-9
@@ -56,11 +56,12 @@ class _Process:
     """One incarnation of a stage."""
 
     state: StageState
-    oracle: Oracle
+    oracle: TokenOracle
     is_up: bool = True
     step: Step | None = None
     draws: list[Ranked] = field(default_factory=list)
     step_start_s: float = 0.0
+    step_end_s: float = 0.0
     inbox: list[_Delivery] = field(default_factory=list)
     caches: dict[int, Cache] = field(default_factory=dict)
 
@@ -71,7 +72,7 @@ class Simulation:
     jitter: scales a mean time to a random one (identity for a deterministic run). apply_mid_step:
     frames are applied when they arrive, even while a forward is in flight; else after it. in_turn:
     one forward at a time, of the stage nearest to the target that can do one, as `chain` does it;
-    with no latency.
+    with no latency. start_s: the clock at the beginning.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Simulation:
         in_turn: bool = False,
         faults: Faults | None = None,
         verify: bool = True,
+        start_s: float = 0.0,
     ) -> None:
         self.stages = stages
         self.submits = {submit.request: submit for submit in submits}
@@ -97,10 +99,12 @@ class Simulation:
         self._in_turn = in_turn
         self._faults = faults or Faults()
         self._verify = verify
-        self._now_s = 0.0
+        self._now_s = start_s
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         self._num_scheduled = 0
+        num_tokens = sum(submit.max_new_tokens for submit in submits)
+        self._max_events = MAX_EVENTS + MAX_EVENTS * num_tokens // 1000
         self._last_arrival_s: dict[tuple[int, int, int], float] = {}
         self._done: set[int] = set()
         self._journal = Journal()
@@ -123,7 +127,7 @@ class Simulation:
             self._now_s, _, event = heapq.heappop(self._events)
             event()
             self._num_events += 1
-            checks.check(self._num_events < MAX_EVENTS, "progress is made (no livelock)")
+            checks.check(self._num_events < self._max_events, "progress is made (no livelock)")
         checks.check(len(self._done) == len(self.submits), "no deadlock")
         if not self._faults.any:
             forgotten = all(not process.state.requests for process in self._processes)
@@ -202,6 +206,7 @@ class Simulation:
         stage = self.stages[index]
         oracle, incarnation = stage.oracle, self._incarnations[index]
         if self._faults.unequal_target and index == len(self.stages) - 1:
+            assert isinstance(oracle, Oracle)
             oracle = replace(oracle, seed=oracle.seed + incarnation - 1)
         return _Process(StageState(stage.role(), stage.policy(), self._incarnations), oracle)
 
@@ -270,10 +275,12 @@ class Simulation:
         process.step_start_s = self._now_s
         num_fed = len(step.ids) + len(step.tail)
         step_s = self._random_s(self.stages[index].step_s(num_fed))
-        self._at(step_s, lambda: self._finish_step(index, process))
+        process.step_end_s = self._now_s + step_s
+        busy_s = step_s + self.stages[index].between_s
+        self._at(busy_s, lambda: self._finish_step(index, process))
 
     def _draws(
-        self, oracle: Oracle, request: RequestState, step: Step, cache: Cache
+        self, oracle: TokenOracle, request: RequestState, step: Step, cache: Cache
     ) -> list[Ranked]:
         """What the model ranks first after what the cache really holds, right or wrong."""
         hashes = [cache.feed(row, token, row - 1) for row, token in enumerate(step.ids, step.start)]
@@ -294,7 +301,7 @@ class Simulation:
             self._drain(index)
         request = process.state.requests.get(step.request)
         num_before = len(request.seq) if request is not None else 0
-        frames = process.state.end_step(process.draws, process.step_start_s, self._now_s)
+        frames = process.state.end_step(process.draws, process.step_start_s, process.step_end_s)
         cause = ""
         if self._verify and request is not None:
             checks.check_draws(request, num_before, process.oracle)
