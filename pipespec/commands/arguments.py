@@ -38,15 +38,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def add_input_arguments(parser: Parser, strategies: Sequence[str], default: str) -> None:
-    """What runs on what: strategy, models, data set."""
+def add_input_arguments(parser: Parser, strategies: Sequence[str] = (), default: str = "") -> None:
+    """What runs on what: strategy (unless there is nothing to choose), models, data set."""
     group = parser.add_argument_group("what to run")
-    group.add_argument(
-        "--strategy",
-        choices=strategies,
-        default=default,
-        help="greedy: the target alone; chain: synchronous; async-chain: a process per model",
-    )
+    if strategies:
+        group.add_argument(
+            "--strategy",
+            choices=strategies,
+            default=default,
+            help="greedy: the target alone; chain: synchronous; async-chain: a process per model",
+        )
     group.add_argument(
         "--models-config-path",
         metavar="FILE",
@@ -140,6 +141,11 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
         metavar="N",
         help="of async-chain: other tokens a position whose rejection a draft prepares for",
     )
+    add_process_arguments(group, ready_timeout_s)
+
+
+def add_process_arguments(group: argparse._ArgumentGroup, ready_timeout_s: float) -> None:
+    """What runs the models and joins them, and how much is said of it."""
     group.add_argument(
         "--runner",
         choices=RUNNERS,
