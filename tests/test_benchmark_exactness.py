@@ -9,26 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import END, make_tiny, save_tokenizer
 
 from pipespec import benchmark
 from pipespec.commands.equality import Divergence, first_divergence, score_margin
 from pipespec.config import SamplingParams
 from pipespec.results import load_results
 from pipespec.sampling import TOKEN_STREAM, gumbel_noise
-
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-END = len(ALPHABET)
-
-
-def save_tokenizer(folder: Path) -> None:
-    """One id a byte, and one that ends a text."""
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(ALPHABET)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,19 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+END = 256  # of the tokenizer that `save_tokenizer` writes
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One id a byte, and one that ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def make_tiny(
