@@ -25,7 +25,8 @@ LAYERS = (
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
-    ("dry_run", "commands", "benchmark", "run_example", "fit_emulation"),
+    ("planning",),
+    ("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
 )
 # Commands that live beside what they are about; nothing may import them.
 COMMANDS = ("demo.train", "demo.evaluate")
@@ -74,7 +75,7 @@ LIGHT = (
     *("pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.worker"),
     *("pipespec.placement", "pipespec.checkpoint", "pipespec.tokenizer", "pipespec.data"),
     *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
-    *("pipespec.emulation", "pipespec.fit_emulation"),
+    *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.plan", "pipespec.planning.meter"),
 )
 
 

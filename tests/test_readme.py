@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pipespec import benchmark, run_example
+from pipespec import benchmark, plan, run_example
 from pipespec.config import load_models_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
     "pipespec.benchmark": benchmark.make_parser,
+    "pipespec.plan": plan.make_parser,
     "pipespec.run_example": run_example.make_parser,
 }
 
