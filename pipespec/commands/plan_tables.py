@@ -48,7 +48,7 @@ def ranking_table(ranking: Ranking) -> Table:
     table.add_column("#", justify="right")
     table.add_column("stages", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
-    table.add_column("flags", max_width=18)
+    table.add_column("flags", max_width=13)
     for header in ("tokens\n/s", "ms/\ntoken", "speed-\nup", "block\neffic.", "busy, %"):
         table.add_column(header, justify="right", no_wrap=True)
     for rank, plan in enumerate(ranking.best_of_each(), 1):
@@ -57,7 +57,7 @@ def ranking_table(ranking: Ranking) -> Table:
             str(rank),
             stages_text(plan.choice),
             plan.choice.strategy,
-            flags_text(plan.choice) or "defaults",
+            flags_text(plan.choice) or NOTHING,
             f"{plan.tokens_per_s:,.1f}",
             f"{prediction.ms_per_token:.2f}",
             f"{plan.tokens_per_s / ranking.greedy.tokens_per_s:.2f}x",
@@ -79,7 +79,7 @@ def allocation_table(found: Sequence[Allocation], system: System) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("stages", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
-    table.add_column("flags", max_width=18)
+    table.add_column("flags", max_width=13)
     for header in ("tokens\n/s", "ms/\ntoken"):
         table.add_column(header, justify="right", no_wrap=True)
     for item in found:
@@ -88,7 +88,7 @@ def allocation_table(found: Sequence[Allocation], system: System) -> Table:
             str(item.num_target_devices),
             stages_text(item.plan.choice),
             item.plan.choice.strategy,
-            flags_text(item.plan.choice) or "defaults",
+            flags_text(item.plan.choice) or NOTHING,
             f"{item.plan.tokens_per_s:,.1f}",
             f"{item.plan.prediction.ms_per_token:.2f}",
         )

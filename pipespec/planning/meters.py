@@ -6,7 +6,6 @@ directory is gone; if this process is killed, they see it and end by themselves.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -29,6 +28,7 @@ from pipespec.worker_spec import StageSpec, make_run_dir
 METER: Final = (sys.executable, "-m", "pipespec.planning.meter")
 ANSWER_TIMEOUT_S: Final = 1800.0  # for one question; a long text of a large model
 _END_TIMEOUT_S: Final = 3.0
+_READ_TIMEOUT_S: Final = 60.0  # for a process that waits to read the next part of a question
 _TAIL_LINES: Final = 20
 
 
@@ -53,8 +53,10 @@ class Meters:
         return process
 
     def close(self) -> None:
-        """Ends all processes and removes their directory. Idempotent."""
+        """Ends all processes and removes their directory. Idempotent; takes a few seconds."""
         with hold_interrupts():
+            for process in self._started:
+                process.hang_up()
             for process in self._started:
                 process.close()
             self._started.clear()
@@ -109,11 +111,15 @@ class MeterProcess:
         return self.receive(timeout_s)
 
     def send(self, what: str, **values: Any) -> None:
-        """Puts a question. The process reads it at once, so this does not wait."""
+        """Puts a question; raises as `load`. The process reads it at once."""
         assert self._process is not None and self._process.stdin is not None
-        line = json.dumps({"what": what, **values}).encode() + b"\n"
+        left = json.dumps({"what": what, **values}).encode() + b"\n"
+        descriptor = self._process.stdin.fileno()
         try:
-            self._process.stdin.write(line)
+            while left:
+                if not select.select([], [descriptor], [], _READ_TIMEOUT_S)[1]:
+                    raise StageError(f"{self}: it does not listen", self._log_tail())
+                left = left[os.write(descriptor, left[: select.PIPE_BUF]) :]
         except BrokenPipeError:
             raise self._ended() from None
 
@@ -129,14 +135,18 @@ class MeterProcess:
         reason = " ".join(f"{fault['kind']}: {fault['message']}".split())
         raise StageError(f"{self} failed: {reason}", tuple(fault["traceback"].splitlines()))
 
+    def hang_up(self) -> None:
+        """Ends its input; the process ends after what it is doing."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
     def close(self) -> None:
         """Ends the process: gently by the end of its input, else by force."""
+        self.hang_up()
         process, self._process = self._process, None
         if process is None:
             return
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        assert process.stdout is not None
         try:
             process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -70,9 +70,10 @@ class Simulation:
     """Runs `submits` through `stages` until all are finished.
 
     jitter: scales a mean time to a random one (identity for a deterministic run). apply_mid_step:
-    frames are applied when they arrive, even while a forward is in flight; else after it. in_turn:
-    one forward at a time, of the stage nearest to the target that can do one, as `chain` does it;
-    with no latency. start_s: the clock at the beginning.
+    frames are applied when they arrive, even while a forward is in flight; else after it, or, with
+    drain_first, before its draws, as the process loop does. in_turn: one forward at a time, of the
+    stage nearest to the target that can do one, as `chain` does it; with no latency. start_s: the
+    clock at the beginning.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Simulation:
         seed: int = 0,
         jitter: bool = False,
         apply_mid_step: bool = False,
+        drain_first: bool = False,
         in_turn: bool = False,
         faults: Faults | None = None,
         verify: bool = True,
@@ -96,6 +98,7 @@ class Simulation:
         self._latency_s = latency_s
         self._jitter = jitter
         self._apply_mid_step = apply_mid_step
+        self._drain_first = drain_first or apply_mid_step
         self._in_turn = in_turn
         self._faults = faults or Faults()
         self._verify = verify
@@ -297,7 +300,7 @@ class Simulation:
             return
         step, process.step = process.step, None
         assert step is not None
-        if self._apply_mid_step:
+        if self._drain_first:
             self._drain(index)
         request = process.state.requests.get(step.request)
         num_before = len(request.seq) if request is not None else 0

@@ -211,6 +211,7 @@ class _Pipeline:
             stages,
             [wanted],
             latency_s=self._latency_s,
+            drain_first=True,
             in_turn=self._is_chain,
             verify=False,
             start_s=self._now_s,
