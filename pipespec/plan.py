@@ -37,6 +37,7 @@ from pipespec.commands.plan_tables import (
     loss_line,
     outcome_table,
     ranking_table,
+    stages_text,
     useless_line,
 )
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
@@ -139,12 +140,13 @@ def _plan(options: Namespace) -> int:
     inputs = read_inputs(settings, options.num_samples)
     for warning in inputs.warnings:
         progress.line(f"note: {warning}")
+    options.num_samples = len(inputs.prompts)  # there may be fewer than were asked for
     display.line(_title(settings, inputs))
     system, how = make_system(settings, inputs, options.profile, progress)
     _show_system(system, how, is_emulated(settings.models), display)
     start_s = time.monotonic()
     with progress.parts("simulated") as on_part:
-        ranking = search(system, on_simulated=lambda: on_part("choices"))
+        ranking = search(system, on_simulated=lambda choice: on_part(stages_text(choice)))
     _show_ranking(ranking, system, time.monotonic() - start_s, display)
     _show_command(ranking.best, options, settings, system, display)
     if tables is not None:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from emulated import write_emulated, write_prompts
 from processes import nothing_left_in
-from safetensors.torch import load_file, save_file
 from tiny import END, make_tiny, save_tokenizer
 
 from pipespec import benchmark, plan
@@ -39,6 +37,9 @@ def shown(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def blurred(source: Path, folder: Path, noise: float) -> None:
     """The same model with noise on its weights: a draft that is right now and then."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     make_tiny(folder, vocab_size=END + 1, seed=0, **OPTIONS)
     weights = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
@@ -150,16 +151,14 @@ def test_a_chain_is_predicted_to_the_last_verification(num_models: int, tmp_path
         assert one.num_drafted == other.num_drafted
 
 
-def test_async_chain_is_predicted_in_text_acceptance_and_block_efficiency(tmp_path: Path) -> None:
-    """The order of messages is the machine's, so counts are close, not equal."""
-    choice = Choice((0, 1), "async-chain", Schedule(lookahead=3))
-    predicted, ran, text, written = emulated_choice(tmp_path, choice, 160)
+def test_async_chain_is_predicted_to_the_last_verification_too(tmp_path: Path) -> None:
+    """Where draft and target take turns, so that it does not matter who is late."""
+    choice = Choice((0, 1), "async-chain", Schedule(lookahead=1, run_ahead=1))
+    predicted, ran, text, written = emulated_choice(tmp_path, choice, 60)
     assert text == written
-    one, other = predicted[-1], ran[-1]
-    rates = [counts.num_accepted / counts.num_offered for counts in (one, other)]
-    assert rates[0] == pytest.approx(rates[1], abs=0.12)
-    lengths = [counts.num_emitted / counts.num_verifications for counts in (one, other)]
-    assert lengths[0] == pytest.approx(lengths[1], rel=0.2)
+    assert predicted[-1].offered == ran[-1].offered
+    assert predicted[-1].accepted == ran[-1].accepted
+    assert predicted[-1].emitted == ran[-1].emitted
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_a_question_that_fails_is_told_with_its_traceback(tmp_path: Path) -> Non
         process = meters.start(stage())
         load(process)
         with pytest.raises(StageError, match=r"^measuring model failed: ") as caught:
-            process.ask("draws", prompt=[1], tokens=["no token"], sampling=[0.0, 1.0, 0, 0.0, 0])
+            process.ask("draws", prompt=["x"], tokens=[2], sampling=[0.0, 1.0, 0, 0.0, 0])
         assert any("Traceback" in line for line in caught.value.log_tail)
         assert process.ask("draws", prompt=[1], tokens=[2], sampling=[0.0, 1.0, 0, 0.0, 0])
 

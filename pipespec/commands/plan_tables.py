@@ -72,7 +72,7 @@ def useless_line(item: Useless, system: System) -> str:
     return f"without {system.models[item.stage].name}: {item.gain:+.1%}"
 
 
-def allocation_table(found: Sequence[Allocation], system: System) -> Table:
+def allocation_table(found: Sequence[Allocation]) -> Table:
     """The best plan for each way to give out devices."""
     table = _table()
     for header in ("devices\nin all", "of the\ntarget"):

@@ -26,7 +26,7 @@ SHORT_TOKENS: Final = 180
 LONG_TOKENS: Final = 1600
 _MIN_TEXTS: Final = 3
 
-OnSimulated = Callable[[], None]
+OnSimulated = Callable[[Choice], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Useless:
 def search(
     system: System,
     subsets: Iterable[tuple[int, ...]] | None = None,
-    on_simulated: OnSimulated = lambda: None,
+    on_simulated: OnSimulated = lambda _choice: None,
 ) -> Ranking:
     """Ranks the ways to run the system. subsets: of stages, by default all with the target.
 
@@ -96,7 +96,7 @@ def search(
     plans = []
     for choice in finalists:
         plans.append(Plan(choice, system.predict(choice, submits)))
-        on_simulated()
+        on_simulated(choice)
     return Ranking(
         plans=tuple(sorted(plans, key=_order)),
         num_simulated=look.num_simulated + 1,
@@ -148,12 +148,14 @@ def sample(submits: Sequence[Submit], num_tokens: int) -> tuple[Submit, ...]:
 
 @dataclass(slots=True)
 class _Look:
-    """A short look at many choices."""
+    """A short look at many choices. busy: of the stages of the set that is looked at, as the choice
+    before it had them; like choices have about the same."""
 
     system: System
     submits: tuple[Submit, ...]
     on_simulated: OnSimulated
     num_simulated: int = 0
+    busy: tuple[float, ...] = ()
 
     def best_chains(self, stages: tuple[int, ...]) -> list[Choice]:
         schedules = [Schedule(lookahead=count) for count in (None, *CHAIN_LOOKAHEADS)]
@@ -161,6 +163,7 @@ class _Look:
 
     def best_async_chains(self, stages: tuple[int, ...]) -> list[Choice]:
         """One kind of flag after the other, from what was best so far."""
+        self.busy = ()
         schedules = [Schedule(lookahead=count) for count in (None, *ASYNC_LOOKAHEADS)]
         schedules.append(Schedule("pipespec", 0))
         tried = self._simulate(Choice(stages, "async-chain", schedule) for schedule in schedules)
@@ -187,9 +190,11 @@ class _Look:
     def _simulate(self, choices: Iterable[Choice]) -> list[Plan]:
         plans = []
         for choice in choices:
-            plans.append(Plan(choice, self.system.predict(choice, self.submits)))
+            prediction = self.system.predict(choice, self.submits, busy_guess=self.busy)
+            self.busy = prediction.busy_shares
+            plans.append(Plan(choice, prediction))
             self.num_simulated += 1
-            self.on_simulated()
+            self.on_simulated(choice)
         return plans
 
 

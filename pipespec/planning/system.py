@@ -110,15 +110,24 @@ class System:
         return self.models[index].times.forward_s(num_tokens, _middle(self.submits))
 
     def predict(
-        self, choice: Choice, submits: Sequence[Submit] | None = None, cost: Cost = Cost.REAL
+        self,
+        choice: Choice,
+        submits: Sequence[Submit] | None = None,
+        cost: Cost = Cost.REAL,
+        *,
+        busy_guess: Sequence[float] = (),
     ) -> Prediction:
-        """What the choice would do with `submits` (all of them by default)."""
+        """What the choice would do with `submits` (all of them by default).
+
+        busy_guess: how busy its stages are about, as a like choice's `busy_shares` say; without it
+        more than one simulation may be needed where stages slow each other down.
+        """
         wanted = self.submits if submits is None else submits
         factors = [1.0] * len(choice.stages)
         if choice.strategy != "async-chain" or cost is Cost.IDEAL or not self._share(choice):
             return self._simulate(choice, wanted, cost, factors)
-        busy: Sequence[float] = [1.0] * len(choice.stages)
-        for _ in range(_PASSES):
+        busy = busy_guess or [1.0] * len(choice.stages)
+        for _ in range(1 if busy_guess else _PASSES):
             factors = [self._factor(choice, place, busy) for place in range(len(busy))]
             prediction = self._simulate(choice, wanted, cost, factors)
             busy = prediction.busy_shares
