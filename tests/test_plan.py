@@ -113,7 +113,8 @@ def test_a_profile_of_another_text_is_refused_before_anything_is_measured(
     path = tmp_path / "profile.json"
     path.write_text('{"pipespec_profile": 1, "identity": {}}')
     assert plan.main([*tiny_flags, "--profile", str(path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.startswith("error: ")]
     assert "was measured with another models config" in line
 
 

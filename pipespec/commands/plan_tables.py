@@ -117,7 +117,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     table.add_column("stages", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     headers = ("measured\ntokens/s", "predicted\ntokens/s", "off by", "ideal\ntokens/s")
-    for header in (*headers, "pipeline\nefficiency", "block effic.\n(predicted)"):
+    for header in (*headers, "pipeline\nefficiency", "block\n(predicted)"):
         table.add_column(header, justify="right", no_wrap=True)
     for item in outcomes:
         table.add_row(

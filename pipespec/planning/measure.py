@@ -335,7 +335,7 @@ class _Measurement:
         """How much longer forwards of two models take while the other one computes too."""
         pair = (one, other)
         middle = self._job.contexts()[len(self._job.contexts()) // 2]
-        questions = {}
+        questions: dict[int, dict[str, Any]] = {}
         for index in pair:
             room = self._profile.models[index].context_length - _VERIFIED
             questions[index] = {

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -54,7 +55,7 @@ class Meter:
         rows = [Row(0, len(ids), _repeat(ids, n), n, SamplingParams()) for n in lengths]
         self._fill(ids)
         return self._medians(
-            [(n, lambda row=row: self.runner.forward([row])) for n, row in zip(lengths, rows)],
+            [(n, partial(self.runner.forward, [row])) for n, row in zip(lengths, rows)],
             budget_s,
         )
 
@@ -68,7 +69,7 @@ class Meter:
         trees = [self._tree(ids, n) for n in lengths]
         self._fill(ids)
         return self._medians(
-            [(n, lambda tree=tree: self._forward_tree(tree)) for n, tree in zip(lengths, trees)],
+            [(n, partial(self._forward_tree, tree)) for n, tree in zip(lengths, trees)],
             budget_s,
         )
 
@@ -78,7 +79,7 @@ class Meter:
         """Median milliseconds of the forward of a whole prompt, for each length."""
         rows = [Row(0, 0, _repeat(ids, n), 1, SamplingParams()) for n in lengths]
         return self._medians(
-            [(n, lambda row=row: self.runner.forward([row])) for n, row in zip(lengths, rows)],
+            [(n, partial(self.runner.forward, [row])) for n, row in zip(lengths, rows)],
             budget_s,
         )
 
