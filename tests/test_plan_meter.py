@@ -113,7 +113,9 @@ def stage(emulated: object = None, placement: StagePlacement | None = None) -> S
 
 
 def load(process: MeterProcess) -> dict[str, object]:
-    return process.load(60.0, vocab_size=VOCAB_SIZE, context_length=99, num_ranked=5, longest=4)
+    process.load(vocab_size=VOCAB_SIZE, context_length=99, num_ranked=5, longest=4)
+    info: dict[str, object] = process.receive(60.0)
+    return info
 
 
 def test_a_process_is_pinned_before_it_loads_and_is_gone_at_the_end(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_one_that_does_not_answer_is_given_up_and_killed(tmp_path: Path) -> None
     with nothing_left_in(tmp_path), Meters(deaf) as meters:
         process = meters.start(stage())
         with pytest.raises(StageError, match=r"no answer for 0.2 s"):
-            process.ask("load", timeout_s=0.2)
+            process.receive(timeout_s=0.2)
 
 
 def test_a_meter_ends_with_its_parent(tmp_path: Path) -> None:

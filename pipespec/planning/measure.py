@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import combinations
+from statistics import median
 from typing import Any, Final
 
 from pipespec.config import GenerationParams
@@ -27,7 +28,8 @@ TREE_LENGTHS: Final = (1, 2, 4, 8, 12)
 BRANCH_LENGTH: Final = 6
 MOST_BRANCHES: Final = 200  # of a model; the agreement stands for the others
 _TABLE_S: Final = 0.6  # for each table of step times
-_TOGETHER_S: Final = 0.6
+_TOGETHER_S: Final = 0.25
+_ROUNDS: Final = 3  # of two models alone and beside each other
 _VERIFIED: Final = 5  # tokens in a forward of a model that verifies, where one must do for all
 _NEAR: Final = 1.15  # context lengths that differ by less have the same step times
 
@@ -127,12 +129,12 @@ class _Measurement:
         self._keep(self._profile)
 
     def with_models(self, meters: Meters) -> None:
-        processes = [self._load(meters, index) for index in range(self._job.num_models)]
-        for index, (process, load_s) in enumerate(processes):
+        loaded = [meters.start(self._stage(index)) for index in range(self._job.num_models)]
+        infos = self._load(loaded)  # all at once, as a run does
+        for index, (process, info) in enumerate(zip(loaded, infos)):
             if index not in self._profile.models:
                 with self.part():
-                    self._measure_model(meters, index, process, load_s)
-        loaded = [process for process, _ in processes]
+                    self._measure_model(meters, index, process, info)
         for number in range(len(self._profile.texts), len(self._job.prompts)):
             with self.part():
                 self._write_text(loaded[-1], number)
@@ -165,18 +167,15 @@ class _Measurement:
 
     # -- parts ------------------------------------------------------------------------------
 
-    def _load(self, meters: Meters, index: int) -> tuple[MeterProcess, dict[str, Any]]:
-        process = meters.start(self._stage(index))
-        return process, self._load_into(process)
-
-    def _load_into(self, process: MeterProcess) -> dict[str, Any]:
-        return process.load(
-            self._job.ready_timeout_s,
-            vocab_size=self._job.hierarchy.vocab_size,
-            context_length=self._job.hierarchy.context_length + max(LENGTHS),
-            num_ranked=NUM_RANKED,
-            longest=max(LENGTHS),
-        )
+    def _load(self, processes: Sequence[MeterProcess]) -> list[dict[str, Any]]:
+        for process in processes:
+            process.load(
+                vocab_size=self._job.hierarchy.vocab_size,
+                context_length=self._job.hierarchy.context_length + max(LENGTHS),
+                num_ranked=NUM_RANKED,
+                longest=max(LENGTHS),
+            )
+        return [process.receive(self._job.ready_timeout_s) for process in processes]
 
     def _stage(self, index: int) -> StageSpec:
         hierarchy = self._job.hierarchy
@@ -198,7 +197,8 @@ class _Measurement:
             there = self._job.hierarchy.placements[-1]
             other = meters.start(replace(self._stage(index), placement=there))
             try:
-                chain_times = self._times(other, self._load_into(other), with_trees=False)
+                (other_info,) = self._load([other])
+                chain_times = self._times(other, other_info, with_trees=False)
             finally:
                 other.close()
         self._profile.models[index] = MeasuredModel(
@@ -343,12 +343,17 @@ class _Measurement:
                 "length": 1 if index == 0 else _VERIFIED,
                 "seconds": _TOGETHER_S,
             }
-        alone = {index: loaded[index].ask("steps_ms", **questions[index]) for index in pair}
-        for index in pair:
-            loaded[index].send("steps_ms", **questions[index])
-        beside = {index: loaded[index].receive() for index in pair}
+        alone: dict[int, list[float]] = {one: [], other: []}
+        beside: dict[int, list[float]] = {one: [], other: []}
+        for _ in range(_ROUNDS):
+            for index in pair:
+                alone[index].append(loaded[index].ask("steps_ms", **questions[index]))
+            for index in pair:
+                loaded[index].send("steps_ms", **questions[index])
+            for index in pair:
+                beside[index].append(loaded[index].receive())
         for index, neighbour in (pair, pair[::-1]):
-            slow_down = max(1.0, beside[index] / alone[index])
+            slow_down = max(1.0, median(beside[index]) / median(alone[index]))
             self._profile.slow_downs[index, neighbour] = round(slow_down, 4)
         names = [self._job.hierarchy.models[index].name for index in pair]
         self._on_part(f"{names[0]} beside {names[1]}")

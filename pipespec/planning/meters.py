@@ -94,24 +94,17 @@ class MeterProcess:
         finally:
             os.close(log)
 
-    def load(self, timeout_s: float, **values: Any) -> dict[str, Any]:
-        """Loads the stage's model; returns its runner's facts.
+    def load(self, **values: Any) -> None:
+        """Begins to load the stage's model; `receive` gives its runner's facts."""
+        self.send("load", stage=write_stage(self.stage), **values)
 
-        Raises:
-            UsageError: the model cannot be loaded; its own line.
-            StageError: the process failed or did not answer in time.
-        """
-        stage = write_stage(self.stage)
-        answer: dict[str, Any] = self.ask("load", timeout_s, stage=stage, **values)
-        return answer
-
-    def ask(self, what: str, timeout_s: float = ANSWER_TIMEOUT_S, **values: Any) -> Any:
-        """One question and its answer; raises as `load`."""
+    def ask(self, what: str, **values: Any) -> Any:
+        """One question and its answer; raises as `receive`."""
         self.send(what, **values)
-        return self.receive(timeout_s)
+        return self.receive()
 
     def send(self, what: str, **values: Any) -> None:
-        """Puts a question; raises as `load`. The process reads it at once."""
+        """Puts a question; raises as `receive`. The process reads it at once."""
         assert self._process is not None and self._process.stdin is not None
         left = json.dumps({"what": what, **values}).encode() + b"\n"
         descriptor = self._process.stdin.fileno()
@@ -124,7 +117,12 @@ class MeterProcess:
             raise self._ended() from None
 
     def receive(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
-        """The answer to the question that was sent last; raises as `load`."""
+        """The answer to the question that was sent last.
+
+        Raises:
+            UsageError: the model cannot be loaded; its own line.
+            StageError: the process failed or did not answer in time.
+        """
         reply = json.loads(self._read_line(time.monotonic() + timeout_s, timeout_s))
         if "fault" not in reply:
             return reply["answer"]
