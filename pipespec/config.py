@@ -20,7 +20,7 @@ from pipespec.errors import ConfigError, UsageError
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("8bit", "4bit")
-RUNNERS: Final = ("auto", "llama", "hf", "emulated")
+RUNNERS: Final = ("auto", "native", "llama", "hf", "emulated")
 STRATEGIES: Final = ("greedy", "chain", "async-chain")
 POLICIES: Final = ("adaptive", "pipespec")
 MAX_STOP_TEXTS: Final = 64
@@ -91,12 +91,14 @@ class Schedule:
     whatever is there). lookahead: candidates a verifier waits for; None lets the policy choose;
     chain drafts exactly so many. run_ahead: tokens a stage may be ahead of the last verdict.
     outcomes: other tokens a position, each a case that a draft prepares for; chain prepares none.
+    tree: candidates of prepared outcomes that a verification may score beside the main path.
     """
 
     policy: str = "adaptive"
     lookahead: int | None = None
     run_ahead: int = 16
     outcomes: int = 0
+    tree: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -105,6 +107,7 @@ class Schedule:
             _require("lookahead", self.lookahead, 0 <= self.lookahead <= 1024, "from 0 to 1024")
         _require("run-ahead", self.run_ahead, 1 <= self.run_ahead <= 4096, "from 1 to 4096")
         _require("outcomes", self.outcomes, 0 <= self.outcomes <= 16, "from 0 to 16")
+        _require("tree", self.tree, 0 <= self.tree <= 64, "from 0 to 64")
 
 
 @dataclass(frozen=True, slots=True)

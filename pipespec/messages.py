@@ -326,7 +326,10 @@ def decode(data: bytes) -> Frame:
         _checked(kind.__name__, name, check, value)
         for (name, check), value in zip(specs, parts[6:], strict=True)
     ]
-    return Frame(head[0], head[1], head[2], head[3], kind(*body))
+    message = kind(*body)
+    if isinstance(message, Draft) and len(message.parents) not in (0, len(message.tokens)):
+        raise ProtocolError("Draft.parents must be one for each of its tokens, or none")
+    return Frame(head[0], head[1], head[2], head[3], message)
 
 
 _HEAD: Final = (

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from pipespec.config import Schedule
 
 SEND_COST_S = 20e-6  # one socket call; measured on Linux, ipc
+MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,35 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A forward over `query_length` tokens, `num_offered` of them candidates, that took `seconds`,
-    ended at `end_s` and added `num_emitted` tokens (0 if a verdict had overtaken it)."""
+    """A forward over `query_length` tokens, `num_offered` of them candidates of the main path of
+    which it accepted `num_accepted`, that took `seconds`, ended at `end_s` and added `num_emitted`
+    tokens (0 if a verdict had overtaken it). num_left: candidates that follow them."""
 
     query_length: int
     num_offered: int
+    num_accepted: int
     num_emitted: int
+    num_left: int
     is_prefill: bool
     seconds: float
     end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a stage could feed in its next forward, and how many tokens that brings on average.
+
+    own_length: tokens of its text and candidates (0: none may follow), worth `own_value` tokens.
+    extra_values: of what could be fed beside it, best first: candidates of other branches, one more
+    token of a prepared outcome. own_is_optional: there may be forwards without the own text.
+    next_may_wait: the next stage has so few own tokens ahead that it may be waiting for more.
+    """
+
+    own_length: int
+    own_value: float
+    extra_values: tuple[float, ...]
+    own_is_optional: bool
+    next_may_wait: bool
 
 
 class Policy(Protocol):
@@ -51,6 +73,10 @@ class Policy(Protocol):
 
     def use(self, num_candidates: int) -> int:
         """How many of so many candidates to verify now; the others stay for the next step."""
+        ...
+
+    def feed(self, offer: Offer) -> tuple[bool, int]:
+        """Whether to feed the own text now, and how many of the extras beside it."""
         ...
 
     def on_step(self, result: StepResult) -> None:
@@ -77,6 +103,9 @@ class FixedWait:
 
     def use(self, num_candidates: int) -> int:
         return num_candidates
+
+    def feed(self, offer: Offer) -> tuple[bool, int]:
+        return offer.own_length > 0, len(offer.extra_values)
 
     def on_step(self, result: StepResult) -> None:
         pass
@@ -174,6 +203,8 @@ class AdaptiveWait:
         self._num_drafted = 0.0  # decayed, like the seconds in which they arrived
         self._drafting_s = 0.0
         self._drafting_since_s: float | None = None
+        self._num_timed = 0  # tokens since then, the last at
+        self._timed_until_s = 0.0
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
         self._most = max_candidates
@@ -192,7 +223,26 @@ class AdaptiveWait:
         return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_s())
 
     def use(self, num_candidates: int) -> int:
+        if self._num_timed:
+            self._end_timing()
         return min(num_candidates, self._most)
+
+    def feed(self, offer: Offer) -> tuple[bool, int]:
+        """What brings most tokens per second: a long forward must be worth its time, and nobody
+        must be kept waiting by it."""
+        if offer.next_may_wait and offer.own_length and offer.own_is_optional:
+            return True, 0
+        if self._steps.estimate(1) is None:
+            return offer.own_length > 0, len(offer.extra_values)
+        sums = list(accumulate(offer.extra_values, initial=0.0))
+        rates: dict[tuple[bool, int], float] = {}
+        for count, value in enumerate(sums):
+            if offer.own_length:
+                seconds = self._steps.estimate(offer.own_length + count) or 1.0
+                rates[True, count] = (offer.own_value + value) / seconds
+            if count and (offer.own_is_optional or not offer.own_length):
+                rates[False, count] = value / (self._steps.estimate(count) or 1.0)
+        return max(rates, key=rates.__getitem__)
 
     def _draft_s(self) -> float:
         if self._num_drafted:
@@ -200,6 +250,7 @@ class AdaptiveWait:
         return (self._steps.estimate(1) or 0.1) / 8
 
     def on_step(self, result: StepResult) -> None:
+        self._end_timing()
         if result.is_prefill:
             return
         self._steps.observe(result.query_length, result.seconds)
@@ -225,22 +276,34 @@ class AdaptiveWait:
         return cycle_rate(*args, overlaps=self._overlaps)
 
     def _observe_acceptance(self, result: StepResult) -> None:
-        num_accepted = min(result.num_offered, result.num_emitted - 1)
+        num_accepted = result.num_accepted
         # A rejection ends what can be learnt from a step, so it counts for one scored token.
         num_scored = min(result.num_offered, num_accepted + 1)
         decay = math.exp2(-num_scored / 64.0)
         self._num_scored = self._num_scored * decay + num_scored
         self._num_accepted = self._num_accepted * decay + num_accepted
-        if num_accepted < result.num_offered:
+        if num_accepted < result.num_offered and not result.num_left:
             self._drafting_since_s = result.end_s  # from the correction token, a moment later
 
     def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
-        if num_tokens and self._drafting_since_s is not None:
-            decay = math.exp2(-num_tokens / 64.0)
-            self._num_drafted = self._num_drafted * decay + num_tokens
-            self._drafting_s = self._drafting_s * decay + now_s - self._drafting_since_s
-        # A drafter that stopped is idle for an unknown part of the time until the next draft.
-        self._drafting_since_s = None if drafter_stopped else now_s
+        if self._drafting_since_s is None or not num_tokens:
+            return
+        self._num_timed += num_tokens
+        self._timed_until_s = now_s
+        if drafter_stopped:
+            self._end_timing()
+
+    def _end_timing(self) -> None:
+        """Adds what arrived since a mismatch to the means. A step in flight hides when it came, so
+        what arrived before the step counts, if anything did. Later a drafter takes its time: it is
+        ahead, and may prepare outcomes."""
+        if self._drafting_since_s is not None and self._num_timed:
+            decay = math.exp2(-self._num_timed / 64.0)
+            self._num_drafted = self._num_drafted * decay + self._num_timed
+            taken_s = self._timed_until_s - self._drafting_since_s
+            self._drafting_s = self._drafting_s * decay + taken_s
+        self._drafting_since_s = None
+        self._num_timed = 0
 
 
 def make_policy(schedule: Schedule, *, is_first: bool, overlaps: bool = True) -> Policy:

@@ -17,7 +17,6 @@ from pipespec.policy import make_policy
 from pipespec.runners.base import BranchingRunner, ModelRunner, Row, TailToken, TreeRow
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
-from pipespec.state.outcomes import Budget
 from pipespec.transport import Transport
 
 DUTIES_S: Final = 1.0
@@ -44,19 +43,8 @@ class StageLoop:
         num_slots: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        context_length = runner.info.context_length
-        ahead = schedule.run_ahead
-        budget = Budget(schedule.outcomes)
-        can_prepare = index < num_stages - 1 and runner.info.num_tail_rows > ahead + budget.num_rows
-        role = Role(
-            index,
-            num_stages,
-            ahead,
-            ahead,
-            context_length=context_length,
-            outcomes=budget if can_prepare else Budget(),
-            max_branch_tokens=budget.most_tokens if index > 0 else 0,
-        )
+        info = runner.info
+        role = Role.of(schedule, index, num_stages, info.context_length, info.num_tail_rows)
         policy = make_policy(schedule, is_first=role.is_first)
         self.state = StageState(role, policy, incarnations, decode=decode, max_active=num_slots)
         self._slots = SlotTable(runner, num_slots)
@@ -105,7 +93,7 @@ class StageLoop:
 
     def _draws(self, row: Row, step: Step) -> list[tuple[int, ...]]:
         num_ranked = 1 + self.state.role.outcomes.num_ranked
-        if num_ranked == 1:
+        if num_ranked == 1 and not step.tail and not step.keep:
             return [(token,) for token in self._slots.runner.forward([row])[0]]
         assert isinstance(self._slots.runner, BranchingRunner)
         tail = [TailToken(x.token, x.position, x.row, x.parent_row) for x in step.tail]

@@ -9,12 +9,12 @@ from pipespec.state.candidates import Candidates
 
 
 def tree(*paths: Sequence[int], most: int = 99) -> Candidates:
-    """Candidates that arrived path by path."""
+    """Candidates that arrived path by path; the drafter's own text first."""
     candidates = Candidates(ROOT, most)
     for path in paths:
         node = candidates.root
         for token in path:
-            child = candidates.add(node, token)
+            child = candidates.add(node, token, is_own=path is paths[0])
             assert child is not None
             node = child
     return candidates
@@ -30,6 +30,36 @@ def follow(candidates: Candidates, *tokens: int) -> list[bool]:
 
 def test_the_first_path_is_the_main_one_and_branches_leave_it_as_it_is() -> None:
     assert tree([1, 2, 3], [1, 5, 6], [7]).main == [1, 2, 3]
+
+
+def test_the_own_text_is_the_main_path_even_if_a_branch_came_before_it() -> None:
+    candidates = Candidates(ROOT, 99)
+    node = candidates.add(candidates.root, 1, is_own=False)
+    assert node is not None
+    branch = candidates.add(node, 5, is_own=False)
+    assert candidates.main == [1, 5]
+    own = candidates.add(node, 2)
+    assert own is not None and branch is not None
+    assert candidates.main == [1, 2]
+    assert candidates.ends_main(own)
+    candidates.add(branch, 6, is_own=False)
+    candidates.add(own, 3)
+    assert candidates.main == [1, 2, 3]
+
+
+def test_a_branch_that_turns_out_to_be_the_own_text_becomes_the_main_path() -> None:
+    candidates = tree([1, 2], [1, 5, 6])
+    node = candidates.find(hash_tokens([1]))
+    assert node is not None
+    candidates.add(node, 5)
+    assert candidates.main == [1, 5, 6]
+
+
+def test_the_rank_of_a_token_is_its_place_among_the_alternatives() -> None:
+    candidates = tree([1, 2, 3], [1, 5], [1, 6], [7])
+    assert candidates.rank([], 7) == 0
+    assert [candidates.rank([1], token) for token in (5, 6, 2, 9)] == [0, 1, None, None]
+    assert candidates.rank([4], 7) is None
 
 
 def test_a_path_that_is_repeated_and_goes_on_extends_the_main_one() -> None:

@@ -59,10 +59,40 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_auto_takes_the_lean_runner_for_the_architectures_it_knows(
+def test_auto_takes_the_native_runner_on_a_cpu_for_the_architectures_it_knows(
     tmp_path: Path, architecture: str
 ) -> None:
-    assert load(make_tiny(tmp_path, architecture)).info.runner == "llama"
+    assert load(make_tiny(tmp_path, architecture)).info.runner == "native"
+
+
+def test_auto_takes_the_llama_runner_for_a_dtype_that_the_native_one_has_not(
+    tmp_path: Path,
+) -> None:
+    folder = make_tiny(tmp_path)
+    assert load(folder, dtype="float16").info.runner == "llama"
+    line = error_line(folder, "native", dtype="float16")
+    assert line == 'tiny: "runner": "native" cannot do "dtype": "float16"; use "llama"'
+
+
+def test_without_a_compiler_auto_takes_the_llama_runner_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_tiny(tmp_path / "model")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level("INFO", "pipespec.runners.factory"):
+        assert load(folder).info.runner == "llama"
+    (message,) = caplog.messages
+    assert message.startswith("tiny: the llama runner serves it: the native runner needs a C++")
+    assert error_line(folder, "native").endswith('clang++; or "runner": "llama"')
+
+
+def test_the_native_runner_is_not_forced_onto_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    line = error_line(make_tiny(tmp_path), "native", StagePlacement("cuda:0"))
+    assert line == 'tiny: "runner": "native" cannot do cuda:0; use "llama"'
 
 
 @pytest.mark.parametrize(
@@ -74,7 +104,7 @@ def test_auto_takes_the_lean_runner_for_the_architectures_it_knows(
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_auto_leaves_what_the_lean_runner_cannot_compute_to_transformers(
+def test_auto_leaves_what_the_lean_runners_cannot_compute_to_transformers(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
     folder = make_tiny(tmp_path)
@@ -82,15 +112,17 @@ def test_auto_leaves_what_the_lean_runner_cannot_compute_to_transformers(
     if values.get("model_type") == "olmo":
         change_weights(folder, lambda w: [w.pop(name) for name in list(w) if "norm" in name])
     assert load(folder).info.runner == "hf"
-    message = error_line(folder, "llama")
-    assert message.startswith("tiny: ")
-    assert message.endswith('use "runner": "hf"')
-    assert "config.json" in message
+    for runner in ("native", "llama"):
+        message = error_line(folder, runner)
+        assert message.startswith("tiny: ")
+        assert message.endswith('use "runner": "hf"')
+        assert "config.json" in message
 
 
 def test_a_runner_that_is_asked_for_is_taken(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path)
-    assert [load(folder, name).info.runner for name in ("llama", "hf")] == ["llama", "hf"]
+    names = ["native", "llama", "hf"]
+    assert [load(folder, name).info.runner for name in names] == names
 
 
 def test_weights_that_are_not_safetensors_are_left_to_transformers(tmp_path: Path) -> None:
@@ -101,14 +133,16 @@ def test_weights_that_are_not_safetensors_are_left_to_transformers(tmp_path: Pat
     assert "neither model.safetensors nor" in error_line(folder, "llama")
 
 
-def test_facts_about_the_model_are_the_same_from_either_runner(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["native", "llama"])
+def test_facts_about_the_model_are_the_same_from_any_runner(tmp_path: Path, runner: str) -> None:
     folder = make_tiny(tmp_path, tie_word_embeddings=True)
-    lean, plain = load(folder, "llama").info, load(folder, "hf").info
+    lean, plain = load(folder, runner).info, load(folder, "hf").info
     assert lean.name == plain.name == "tiny"
     for field in ("device", "dtype", "vocab_size", "context_length", "num_parameters"):
         assert getattr(lean, field) == getattr(plain, field), field
 
 
+@pytest.mark.parametrize("runner", ["native", "llama"])
 @pytest.mark.parametrize(
     ("placement", "options", "told"),
     [
@@ -116,11 +150,11 @@ def test_facts_about_the_model_are_the_same_from_either_runner(tmp_path: Path) -
         (StagePlacement("auto"), {}, "several devices"),
     ],
 )
-def test_the_lean_runner_is_not_forced_to_what_it_cannot_do(
-    tmp_path: Path, placement: StagePlacement, options: dict[str, Any], told: str
+def test_a_lean_runner_is_not_forced_to_what_it_cannot_do(
+    tmp_path: Path, runner: str, placement: StagePlacement, options: dict[str, Any], told: str
 ) -> None:
-    line = error_line(make_tiny(tmp_path), "llama", placement, **options)
-    assert line == f'tiny: "runner": "llama" cannot do {told}; use "hf"'
+    line = error_line(make_tiny(tmp_path), runner, placement, **options)
+    assert line == f'tiny: "runner": "{runner}" cannot do {told}; use "hf"'
 
 
 def test_quantizing_without_a_gpu_is_told_at_once(tmp_path: Path) -> None:
@@ -144,7 +178,7 @@ def test_a_gpu_that_torch_does_not_see_is_told_in_one_line(
 # Folders with something wrong
 
 
-@pytest.mark.parametrize("runner", ["llama", "hf"])
+@pytest.mark.parametrize("runner", ["native", "llama", "hf"])
 def test_a_tensor_that_is_missing_is_named(tmp_path: Path, runner: str) -> None:
     folder = make_tiny(tmp_path)
     change_weights(folder, lambda weights: weights.pop(DOWN))
@@ -153,7 +187,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path, runner: str) -> None:
     assert str(folder) in line
 
 
-@pytest.mark.parametrize("runner", ["llama", "hf"])
+@pytest.mark.parametrize("runner", ["native", "llama", "hf"])
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path, runner: str) -> None:
     folder = make_tiny(tmp_path)
     change_weights(folder, lambda weights: weights.update({DOWN: torch.zeros(3, 4)}))
@@ -163,7 +197,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path, run
     assert "(48, 80)" in line
 
 
-@pytest.mark.parametrize("runner", ["auto", "llama", "hf"])
+@pytest.mark.parametrize("runner", ["auto", "native", "llama", "hf"])
 @pytest.mark.parametrize("kept", [0, 7, 2000], ids=["empty", "cut in the header", "cut"])
 def test_a_damaged_weights_file_is_told_in_one_line(tmp_path: Path, runner: str, kept: int) -> None:
     path = make_tiny(tmp_path) / "model.safetensors"
@@ -171,14 +205,14 @@ def test_a_damaged_weights_file_is_told_in_one_line(tmp_path: Path, runner: str,
     assert str(tmp_path) in error_line(tmp_path, runner)
 
 
-@pytest.mark.parametrize("runner", ["auto", "llama", "hf"])
+@pytest.mark.parametrize("runner", ["auto", "native", "llama", "hf"])
 def test_a_shard_that_is_missing_is_named(tmp_path: Path, runner: str) -> None:
     shards = sorted(make_tiny(tmp_path, max_shard_size="30KB").glob("*.safetensors"))
     shards[1].unlink()
     assert shards[1].name in error_line(tmp_path, runner)
 
 
-@pytest.mark.parametrize("runner", ["auto", "llama"])
+@pytest.mark.parametrize("runner", ["auto", "native", "llama"])
 @pytest.mark.parametrize(
     "index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}']
 )
@@ -188,7 +222,7 @@ def test_an_index_that_makes_no_sense_is_named(tmp_path: Path, runner: str, inde
     assert "model.safetensors.index.json" in error_line(tmp_path, runner)
 
 
-@pytest.mark.parametrize("runner", ["auto", "llama", "hf"])
+@pytest.mark.parametrize("runner", ["auto", "native", "llama", "hf"])
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"], ids=["empty", "cut", "list", "binary"])
 def test_a_config_that_is_not_json_is_told_in_one_line(
     tmp_path: Path, runner: str, text: str
@@ -198,7 +232,7 @@ def test_a_config_that_is_not_json_is_told_in_one_line(
     assert str(tmp_path) in error_line(tmp_path, runner)
 
 
-@pytest.mark.parametrize("runner", ["auto", "llama", "hf"])
+@pytest.mark.parametrize("runner", ["auto", "native", "llama", "hf"])
 @pytest.mark.parametrize(
     "values",
     [

@@ -23,6 +23,7 @@ from pipespec.messages import (
     VERSION,
     Connect,
     Counters,
+    Draft,
     Frame,
     Link,
     Message,
@@ -68,9 +69,19 @@ ANYTHING = st.recursive(
 
 
 def messages_of(kind: type) -> st.SearchStrategy[Message]:
-    return st.builds(
-        kind, **{item.name: IN_RANGE.get(item.name, OF_TYPE[item.type]) for item in fields(kind)}
+    values = {item.name: IN_RANGE.get(item.name, OF_TYPE[item.type]) for item in fields(kind)}
+    if kind is not Draft:
+        return st.builds(kind, **values)
+    return TOKENS.flatmap(
+        lambda tokens: st.builds(
+            kind, **values | {"tokens": st.just(tokens), "parents": parents_of(len(tokens))}
+        )
     )
+
+
+def parents_of(num_tokens: int) -> st.SearchStrategy[Tokens]:
+    """Of a tree: each token after an earlier one; or of no tree."""
+    return st.just(()) | st.tuples(*(st.integers(-1, index - 1) for index in range(num_tokens)))
 
 
 FRAMES = st.builds(
@@ -177,10 +188,13 @@ def test_a_field_too_few_or_too_many_is_refused(frame: Frame) -> None:
         (packed(VERSION, 12, 1024, 1, 1, 0), "sender"),
         (packed(VERSION, 12, 0, -1, 1, 0), "incarnation"),
         (packed(VERSION, 12, 0, 1, 1.0, 0), "receiver_incarnation"),
-        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [1 << 31], False), "tokens"),
-        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [True], False), "tokens"),
-        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, (1 << 40) + 1, [], False), "start"),
-        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [], 1), "last"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [1 << 31], False, []), "tokens"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [True], False, []), "tokens"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, (1 << 40) + 1, [], False, []), "start"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [], 1, []), "last"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-1, 1]), "parents"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-2, 0]), "parents"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-1]), "parents"),
         (packed(VERSION, 2, 0, 1, 1, 0, 1, 0, 0, [], False), "number"),
         (packed(VERSION, 10, 0, 1, 1, 0, 1, {1: 2}), "values"),
         (b"\xc1", "msgpack"),

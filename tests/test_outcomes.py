@@ -8,6 +8,7 @@ from pipespec.config import SamplingParams
 from pipespec.hashing import hash_tokens
 from pipespec.messages import Draft, Link, Submit, Verdict
 from pipespec.state import RequestState, Role
+from pipespec.state.beside import offers_beside
 from pipespec.state.outcomes import Budget, RankStats
 from pipespec.state.request import Outgoing
 from pipespec.state.step import Step
@@ -24,14 +25,19 @@ def drafter(
     submit = Submit(1, PROMPT, (), SamplingParams(), max_new_tokens, eos_ids, ())
     role = Role(0, 2, run_ahead, 0, outcomes=budget)
     state = RequestState(submit, role, lambda _token: "")
-    state.begin_step(16)
+    begin(state)
     state.end_step([(1, 2, 3)], 0.0, 1.0)
     return state
 
 
+def begin(state: RequestState) -> Step:
+    """A forward over all that could be fed."""
+    return state.begin_step(16, offers_beside(state, 16))
+
+
 def step(state: RequestState, own: Sequence[int], *tails: Sequence[int]) -> Step:
     """One forward, with these ranked draws."""
-    started = state.begin_step(16)
+    started = begin(state)
     assert len(started.tail) == len(tails), started.tail
     state.end_step([tuple(own)][: started.num_draws] + [tuple(t) for t in tails], 0.0, 1.0)
     return started
@@ -61,7 +67,7 @@ def test_a_verdict_that_was_foreseen_costs_no_drafting() -> None:
     verdict(state, 3, 2)
     assert own(state) == [2, 8]
     assert state.counts.num_outcome_hits == 1
-    after = state.begin_step(16)
+    after = begin(state)
     assert (after.keep_start, after.keep) == (3, (started.tail[0].row,))
     assert (after.start, after.ids) == (4, (8,)), "only the last token is left to feed"
 
@@ -72,8 +78,26 @@ def test_a_verdict_that_was_not_foreseen_leaves_no_branch() -> None:
     verdict(state, 3, 6)
     assert own(state) == [6]
     assert (state.counts.num_outcome_hits, state.outcomes.branches) == (0, {})
-    after = state.begin_step(16)
+    after = begin(state)
     assert (after.keep, after.start, after.ids) == ((), 3, (6,))
+
+
+def test_a_verdict_that_goes_on_otherwise_was_not_foreseen() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2, 6)
+    assert own(state) == [2, 6]
+    assert (state.counts.num_outcome_hits, state.counts.num_corrections) == (0, 1)
+    assert begin(state).keep == ()
+
+
+def test_a_verdict_may_know_more_of_a_case_than_was_prepared() -> None:
+    state = drafter()
+    step(state, (4, 5, 6), (8, 0, 0), (9, 0, 0))
+    verdict(state, 3, 2, 8)
+    assert own(state) == [2, 8]
+    assert (state.counts.num_outcome_hits, state.counts.num_corrections) == (1, 1)
+    assert begin(state).ids == (8,)
 
 
 def test_the_likelier_case_is_continued_first_until_its_length() -> None:
@@ -90,12 +114,12 @@ def test_the_likelier_case_is_continued_first_until_its_length() -> None:
 
 def test_a_branch_in_flight_goes_on_from_its_draw_when_the_verdict_overtakes_it() -> None:
     state = drafter()
-    state.begin_step(16)
+    begin(state)
     verdict(state, 3, 2)
     assert own(state) == [2]
     state.end_step([(4, 5, 6), (8, 1, 1), (9, 1, 1)], 0.0, 1.0)
     assert own(state) == [2, 8], "the draw of the branch that was fed with 2"
-    assert state.begin_step(16).ids == (8,)
+    assert begin(state).ids == (8,)
 
 
 def test_a_rollback_before_the_copy_cuts_what_is_copied() -> None:
@@ -104,7 +128,7 @@ def test_a_rollback_before_the_copy_cuts_what_is_copied() -> None:
     verdict(state, 3, 2)
     verdict(state, 3, 5)
     assert own(state) == [5]
-    after = state.begin_step(16)
+    after = begin(state)
     assert (after.keep, after.start, after.ids) == ((), 3, (5,))
 
 
@@ -119,16 +143,16 @@ def test_a_branch_ends_at_an_end_of_text() -> None:
 
 def test_branches_are_sent_as_a_tree_once_none_of_them_goes_on() -> None:
     state = drafter(Budget(1, 2, 1, 8, 99), run_ahead=2)
-    state.begin_step(16)
+    begin(state)
     ((_, text),) = state.end_step([(4, 5), (8, 0)], 0.0, 1.0)
     assert text == Draft(1, hash_tokens((*PROMPT, 1)), 4, (4,), True)
-    state.begin_step(16)
+    begin(state)
     ((link, first),) = state.end_step([(9, 0)], 0.0, 1.0)
     assert link is Link.DOWN
     assert first == Draft(1, hash_tokens(PROMPT), 3, (2, 8, 9), False, (-1, 0, 1))
-    state.begin_step(16)
+    begin(state)
     assert state.end_step([(6, 0)], 0.0, 1.0) == []
-    state.begin_step(16)
+    begin(state)
     ((_, second),) = state.end_step([(5, 0)], 0.0, 1.0)
     assert second == Draft(1, hash_tokens(PROMPT), 3, (1, 5, 6, 5), False, (-1, 0, 1, 2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from pipespec.emulation import Oracle
 from pipespec.policy import (
     AdaptiveWait,
     FixedWait,
+    Offer,
     Situation,
     StepResult,
     StepTimes,
@@ -81,11 +83,84 @@ def test_nothing_is_waited_for_beyond_what_is_useful() -> None:
     assert AdaptiveWait(16).wait(Situation(0, 2, 0.0))[0] == 2
 
 
+def step_result(
+    query_length: int, seconds: float, *, end_s: float = 0.0, num_accepted: int = 0
+) -> StepResult:
+    """A verification of `query_length - 1` candidates, with none left afterwards."""
+    return StepResult(
+        query_length, query_length - 1, num_accepted, num_accepted + 1, 0, False, seconds, end_s
+    )
+
+
+def steps_of(*seconds: float) -> AdaptiveWait:
+    """A policy that has seen steps of one token, two, ..., that took so long."""
+    policy = AdaptiveWait(0)
+    for query_length, taken_s in enumerate(seconds, 1):
+        policy.on_step(step_result(query_length, taken_s, num_accepted=query_length - 1))
+    return policy
+
+
+def test_outcomes_are_fed_as_long_as_they_are_worth_the_longer_forward() -> None:
+    offer = Offer(1, 0.5, (0.3, 0.2, 0.1), own_is_optional=True, next_may_wait=False)
+    assert steps_of(1.0, 1.0, 1.0, 1.0).feed(offer) == (True, 3)
+    assert steps_of(1.0, 1.5, 2.3, 3.1).feed(offer) == (True, 1)
+    assert steps_of(1.0, 2.0, 3.0, 4.0).feed(offer) == (True, 0)
+
+
+def test_an_own_token_that_will_hardly_be_accepted_makes_room_for_outcomes() -> None:
+    offer = Offer(1, 0.01, (0.3, 0.2), own_is_optional=True, next_may_wait=False)
+    assert steps_of(1.0, 1.2, 1.9).feed(offer) == (False, 2)
+    needed = replace(offer, own_is_optional=False)
+    assert steps_of(1.0, 1.2, 1.9).feed(needed) == (True, 2)
+
+
+def test_a_stage_that_may_add_no_own_tokens_feeds_outcomes_alone() -> None:
+    offer = Offer(0, 0.0, (0.3, 0.01), own_is_optional=True, next_may_wait=False)
+    assert steps_of(1.0, 2.0).feed(offer) == (False, 1)
+
+
+def test_nothing_is_fed_beside_the_draft_that_somebody_waits_for() -> None:
+    offer = Offer(1, 0.5, (0.9,), own_is_optional=True, next_may_wait=True)
+    assert steps_of(1.0, 1.0).feed(offer) == (True, 0)
+
+
+def test_all_is_fed_before_anything_is_known() -> None:
+    offer = Offer(1, 0.1, (0.3, 0.2), own_is_optional=True, next_may_wait=False)
+    assert AdaptiveWait(0).feed(offer) == (True, 2)
+
+
+def test_the_time_to_draft_is_measured_while_the_verifier_is_without_candidates() -> None:
+    policy = AdaptiveWait(8)
+    for start in range(0, 400, 10):
+        policy.on_step(step_result(3, 1.0, end_s=float(start)))
+        policy.on_draft(0, False, start + 0.25)  # of a dead branch
+        policy.on_draft(1, False, start + 0.5)
+        policy.on_draft(1, False, start + 1.0)
+        policy.use(2)
+        policy.on_draft(1, False, start + 9.0)  # nobody waited for it
+    wanted, _ = policy.wait(Situation(0, 8, 0.0))
+    assert wanted == 0, "a token takes half a step, and two of three are wrong"
+
+
+def test_drafts_that_arrived_during_a_step_are_timed_by_its_end() -> None:
+    policy = AdaptiveWait(8)
+    policy.on_step(step_result(1, 1.0))
+    for start in range(40):
+        policy.on_step(step_result(3, 1.0, end_s=float(start), num_accepted=1))
+        policy.use(0)
+        policy.on_draft(10, False, start + 1.0)
+    policy.use(10)
+    policy.on_step(step_result(11, 1.0, end_s=41.0, num_accepted=9))
+    wanted, patience_s = policy.wait(Situation(0, 8, 0.0))
+    assert wanted > 0 and patience_s is not None
+    assert patience_s == pytest.approx(1e-3 + 4 * wanted * 0.1, rel=0.01)
+
+
 def test_a_synchronous_chain_that_meets_bad_drafts_still_drafts_one_token() -> None:
     policy = AdaptiveWait(8, overlaps=False)
     for step in range(40):
         policy.on_draft(1, True, step + 0.5)  # as slow as a verification, and always wrong
-        policy.on_step(StepResult(2, 1, 1, False, 0.5, step + 1.0))
+        policy.on_step(step_result(2, 0.5, end_s=step + 1.0))
     assert policy.wait(Situation(0, 8, 41.0)) == (1, None)
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from pipespec.simulate import Faults, engine, scenario
-from pipespec.state import journal, links, request, stage
+from pipespec.state import beside, journal, links, request, stage
 
 MAX_SEEDS = 400
 
@@ -35,9 +35,12 @@ class Mutant:
 
 GROWTH = """\
             self._roll_back(first_new)
-            for token in tokens[same:]:
+            for token in rest:
                 self._push(token)
             self.sent = len(self.seq)
+            is_hit = branch is not None
+            if branch is not None:
+                self._adopt(branch, len(rest))
             outgoing += self._send_up(first_new)
 """
 
@@ -73,10 +76,24 @@ MUTANTS = {
     ),
     "KV + 1": Mutant(
         request,
-        "self.kv_valid = min(step.end, len(self.seq) - rejected)",
-        "self.kv_valid = min(step.end, len(self.seq))",
+        "        self.kv_valid = first_new + num_accepted\n",
+        "        self.kv_valid = min(step.end, first_new + num_accepted + 1)\n",
         scenario.RELIABLE,
         ("KV ids equal the prefix", "draws are used only on their own context"),
+    ),
+    "rows not kept": Mutant(
+        request,
+        "        self.keep = tuple(verified.rows[: num_accepted - self.num_main_accepted])\n",
+        "        self.keep = ()\n",
+        scenario.RELIABLE,
+        ("KV ids equal the prefix",),
+    ),
+    "a branch fed after the wrong row": Mutant(
+        beside,
+        "length + before - 1 if",
+        "length + before - 2 if",
+        scenario.RELIABLE,
+        ("a branch is fed on the prefix it follows",),
     ),
     "KV not cut by a rollback": Mutant(
         request,
@@ -89,7 +106,7 @@ MUTANTS = {
         request,
         "        if valid < len(self.seq):\n",
         "        if valid < step.base:\n            first_new = len(self.seq)\n"
-        "            self._push(draws[0])\n            return self._send_up(first_new)\n"
+        "            self._push(draws[0][0])\n            return self._send_up(first_new)\n"
         "        if False:\n",
         scenario.RELIABLE,
         ("draws are used only on their own context", "IndexError"),
@@ -147,6 +164,8 @@ def test_a_planted_bug_breaks_a_promise(name: str, monkeypatch: pytest.MonkeyPat
     module = mutated(mutant)
     if mutant.module is request:
         monkeypatch.setattr(stage, "RequestState", module.RequestState)
+    elif mutant.module is beside:
+        monkeypatch.setattr(request, "place_feeds", module.place_feeds)
     elif mutant.module is links:
         monkeypatch.setattr(stage, "Links", module.Links)
         monkeypatch.setattr(stage, "Arrival", module.Arrival)

@@ -1,4 +1,4 @@
-"""The lean runner computes what transformers computes, whatever way the tokens are fed.
+"""The lean runners compute what transformers computes, whatever way the tokens are fed.
 
 Logits are compared with the `hf` runner's on tiny random checkpoints in which nothing is zero or
 one, so that a forgotten bias, norm or scale shows. Then slots are extended and rolled back at
@@ -26,6 +26,7 @@ from pipespec.runners.architecture import read_architecture
 from pipespec.runners.base import ModelRunner, Row
 from pipespec.runners.hf import HfRunner
 from pipespec.runners.llama import LlamaRunner
+from pipespec.runners.native import NativeRunner
 from pipespec.runners.rows import CHUNK
 from pipespec.sampling import draw
 from tests.tiny import ARCHITECTURES, make_tiny, one_thread  # noqa: F401
@@ -65,8 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Make = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+@pytest.fixture(scope="module", name="make")
+def make_fixture(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Makes the checkpoint of a variant, once."""
     made: dict[str, Path] = {}
 
@@ -81,20 +82,22 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make_variant
 
 
-Loader = partial[LlamaRunner] | partial[HfRunner]
+Runner = LlamaRunner | NativeRunner | HfRunner
+Loader = partial[LlamaRunner] | partial[NativeRunner] | partial[HfRunner]
 lean: Loader = partial(
     LlamaRunner, name="tiny", dtype="float32", device="cpu", vocab_size=VOCAB_SIZE
 )
+native: Loader = partial(NativeRunner, name="tiny", dtype="float32", vocab_size=VOCAB_SIZE)
 plain: Loader = partial(HfRunner, name="tiny", dtype="float32", device="cpu", vocab_size=VOCAB_SIZE)
+each_lean = pytest.mark.parametrize("load", [lean, native], ids=["llama", "native"])
+each = pytest.mark.parametrize("load", [lean, native, plain], ids=["llama", "native", "hf"])
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(VOCAB_SIZE), k=count)
 
 
-def feed(
-    runner: LlamaRunner | HfRunner, ids: Sequence[int], start: int = 0, slot: int = 0
-) -> Tensor:
+def feed(runner: Runner, ids: Sequence[int], start: int = 0, slot: int = 0) -> Tensor:
     """The logits after every one of `ids`."""
     return runner.logits(Row(slot, start, ids, len(ids), GREEDY))
 
@@ -106,24 +109,29 @@ def largest(difference: Tensor) -> float:
 # The same logits as transformers
 
 
+@each_lean
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(make: Make, variant: str) -> None:
+def test_logits_are_those_of_transformers(make: Make, load: Loader, variant: str) -> None:
     ids = random_ids(CONTEXT_LENGTH)
     reference = feed(plain(make(variant)), ids)
     assert reference.std() > 0.3, "a model whose logits say nothing would agree with any other"
-    assert largest(feed(lean(make(variant)), ids) - reference) < 1e-4
+    assert largest(feed(load(make(variant)), ids) - reference) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("load", "dtype"),
+    [(lean, "bfloat16"), (lean, "float16"), (native, "bfloat16")],
+    ids=["llama-bfloat16", "llama-float16", "native-bfloat16"],
+)
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral, window"])
 def test_half_precision_is_no_further_from_float32_than_transformers_is(
-    make: Make, variant: str, dtype: str
+    make: Make, load: Loader, variant: str, dtype: str
 ) -> None:
     """The two round in different places (norms, rotation and attention are float32 here), so they
     are compared by their distance from float32, with a quarter more allowed."""
     ids = random_ids(CONTEXT_LENGTH)
     exact, folder = feed(plain(make(variant)), ids), make(variant)
-    ours = feed(lean(folder, dtype=dtype), ids) - exact
+    ours = feed(load(folder, dtype=dtype), ids) - exact
     theirs = feed(plain(folder, dtype=dtype), ids) - exact
     assert 0.0 < ours.std() < 1.25 * theirs.std()
     assert largest(ours) < (0.2 if dtype == "bfloat16" else 0.03)
@@ -148,11 +156,14 @@ def test_the_dtype_is_honoured_exactly(make: Make, dtype: str) -> None:
         assert largest(feed(runner, ids) - feed(lean(rounded, dtype=dtype), ids)) < 0.05
 
 
-def test_a_checkpoint_in_several_files_is_read_like_one(make: Make, tmp_path: Path) -> None:
+@each_lean
+def test_a_checkpoint_in_several_files_is_read_like_one(
+    make: Make, load: Loader, tmp_path: Path
+) -> None:
     sharded = make_tiny(tmp_path, "llama", max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = random_ids(10)
-    assert torch.equal(feed(lean(sharded), ids), feed(lean(make("llama")), ids))
+    assert torch.equal(feed(load(sharded), ids), feed(load(make("llama")), ids))
 
 
 def test_older_configs_say_the_same_in_other_words(make: Make, tmp_path: Path) -> None:
@@ -175,14 +186,15 @@ def test_older_configs_say_by_number_which_layers_have_a_window(make: Make, tmp_
     assert read_architecture(folder).windows == (None, 8)
 
 
+@each_lean
 @pytest.mark.parametrize("variant", ["llama", "mistral, window"])
 @pytest.mark.parametrize("length", [63, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
 def test_long_prompts_are_fed_in_chunks_that_do_not_show(
-    make: Make, variant: str, length: int
+    make: Make, load: Loader, variant: str, length: int
 ) -> None:
     folder = make(variant, max_position_embeddings=1100)
     ids = random_ids(length)
-    reference, runner = feed(plain(folder), ids), lean(folder)
+    reference, runner = feed(plain(folder), ids), load(folder)
     assert largest(feed(runner, ids) - reference) < 1e-4
     for num_draws in (1, 3, length - CHUNK):
         if 1 <= num_draws <= length:
@@ -193,12 +205,13 @@ def test_long_prompts_are_fed_in_chunks_that_do_not_show(
     assert largest(rest - reference[37:]) < 1e-4
 
 
+@each_lean
 @pytest.mark.parametrize("variant", ["llama", "mistral, window"])
-def test_short_steps_go_on_as_the_text_grows(make: Make, variant: str) -> None:
+def test_short_steps_go_on_as_the_text_grows(make: Make, load: Loader, variant: str) -> None:
     """Masks of short steps are cut from a table that must grow with the text and the query."""
     folder = make(variant, max_position_embeddings=1100)
     ids = random_ids(1000)
-    reference, runner = feed(plain(folder), ids), lean(folder)
+    reference, runner = feed(plain(folder), ids), load(folder)
     for start, count in ((0, 3), (3, 250), (250, 5), (255, 4), (259, 17), (276, 640), (916, 60)):
         logits = feed(runner, ids[start : start + count], start=start)
         assert largest(logits - reference[start : start + count]) < 1e-4
@@ -207,12 +220,13 @@ def test_short_steps_go_on_as_the_text_grows(make: Make, variant: str) -> None:
 # Rollback and slots
 
 
+@each_lean
 @pytest.mark.parametrize("variant", ["llama", "llama, ungrouped", "qwen3", "mistral, window"])
 @pytest.mark.parametrize("query_length", range(1, 18))
 def test_every_query_length_continues_a_prefix_as_if_all_were_fed_at_once(
-    make: Make, variant: str, query_length: int
+    make: Make, load: Loader, variant: str, query_length: int
 ) -> None:
-    ids, runner = random_ids(40), lean(make(variant))
+    ids, runner = random_ids(40), load(make(variant))
     at_once = feed(runner, ids)
     runner.release(0)
     feed(runner, ids[:20])
@@ -220,7 +234,7 @@ def test_every_query_length_continues_a_prefix_as_if_all_were_fed_at_once(
     assert largest(in_pieces - at_once[20 : 20 + query_length]) < 1e-4
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 @pytest.mark.parametrize("variant", ["llama", "qwen2, window in the second layer", "mistral"])
 @pytest.mark.parametrize("seed", range(3))
 def test_slots_that_are_extended_and_rolled_back_at_random_equal_fresh_ones(
@@ -248,19 +262,20 @@ def test_slots_that_are_extended_and_rolled_back_at_random_equal_fresh_ones(
         assert largest(logits - fresh[-num_draws:]) < 1e-4
 
 
-def test_rows_of_one_forward_are_served_one_after_another(make: Make) -> None:
+@each_lean
+def test_rows_of_one_forward_are_served_one_after_another(make: Make, load: Loader) -> None:
     one, other = random_ids(9), random_ids(12, seed=1)
-    alone = lean(make("llama"))
+    alone = load(make("llama"))
     expected = [
         alone.forward([Row(0, 0, one, 4, GREEDY)])[0],
         alone.forward([Row(0, 0, other, 2, GREEDY)])[0],
     ]
-    together = lean(make("llama"), num_slots=2)
+    together = load(make("llama"), num_slots=2)
     rows = [Row(7, 0, one, 4, GREEDY), Row(3, 0, other, 2, GREEDY)]
     assert together.forward(rows) == expected
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 def test_sampled_tokens_depend_on_their_position_and_not_on_the_step_that_drew_them(
     make: Make, load: Loader
 ) -> None:
@@ -273,7 +288,7 @@ def test_sampled_tokens_depend_on_their_position_and_not_on_the_step_that_drew_t
     assert [[token] for token in at_once] == one_by_one
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_text_is_what_transformers_generates(
     make: Make, load: Loader, architecture: str
@@ -299,7 +314,7 @@ def generate(runner: ModelRunner, prompt: Sequence[int], count: int) -> list[int
 # What may not be drawn or fed
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 @pytest.mark.parametrize("variant", ["llama", "llama, tied"])
 def test_ids_beyond_the_tokenizer_are_never_drawn(make: Make, load: Loader, variant: str) -> None:
     """Fed they may be: a padded embedding has rows for them."""
@@ -312,7 +327,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(make: Make, load: Loader, vari
     assert largest(feed(runner, ids) - feed(load(make(variant)), ids)[:, :10]) < 1e-4
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 def test_a_full_context_is_served_and_one_token_more_is_refused(make: Make, load: Loader) -> None:
     ids, runner = random_ids(CONTEXT_LENGTH), load(make("llama"))
     assert runner.info.context_length == CONTEXT_LENGTH
@@ -326,7 +341,7 @@ def test_a_full_context_is_served_and_one_token_more_is_refused(make: Make, load
     assert runner.forward([Row(0, CONTEXT_LENGTH - 1, ids[-1:], 1, GREEDY)]) == last
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 def test_a_context_may_be_shorter_than_the_checkpoints_but_not_longer(
     make: Make, load: Loader
 ) -> None:
@@ -337,7 +352,7 @@ def test_a_context_may_be_shorter_than_the_checkpoints_but_not_longer(
         runner.forward([Row(0, 0, random_ids(17), 1, GREEDY)])
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 @pytest.mark.parametrize("unknown", [-1, VOCAB_SIZE])
 def test_an_id_that_the_model_does_not_know_is_refused(
     make: Make, load: Loader, unknown: int
@@ -347,7 +362,7 @@ def test_an_id_that_the_model_does_not_know_is_refused(
         load(make("llama")).forward([Row(0, 0, [5, unknown, 7], 1, GREEDY)])
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 def test_weights_that_give_nan_are_an_error_and_not_a_token(tmp_path: Path, load: Loader) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -359,7 +374,7 @@ def test_weights_that_give_nan_are_an_error_and_not_a_token(tmp_path: Path, load
         load(tmp_path).forward([Row(0, 0, [1, 2], 1, GREEDY)])
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 def test_a_released_slot_is_empty(make: Make, load: Loader) -> None:
     runner = load(make("llama"))
     feed(runner, [1, 2, 3])
@@ -368,7 +383,7 @@ def test_a_released_slot_is_empty(make: Make, load: Loader) -> None:
         feed(runner, [4], start=3)
 
 
-@pytest.mark.parametrize("load", [lean, plain], ids=["llama", "hf"])
+@each
 def test_a_runner_can_be_closed_twice_and_serves_no_more(make: Make, load: Loader) -> None:
     runner = load(make("llama"))
     runner.forward([Row(0, 0, [1], 1, GREEDY)])
@@ -378,7 +393,8 @@ def test_a_runner_can_be_closed_twice_and_serves_no_more(make: Make, load: Loade
         runner.forward([Row(0, 0, [1], 1, GREEDY)])
 
 
-def test_a_worker_with_the_lean_runner_does_not_import_transformers(make: Make) -> None:
+@pytest.mark.parametrize("name", ["native", "llama"])
+def test_a_worker_with_a_lean_runner_does_not_import_transformers(make: Make, name: str) -> None:
     code = f"""
 import sys
 import pipespec.worker
@@ -387,7 +403,7 @@ from pipespec.config import ModelConfig, SamplingParams
 from pipespec.placement import StagePlacement
 from pipespec.runners.base import Row
 from pipespec.runners.factory import load_runner
-model = ModelConfig("tiny", ("cpu",), "float32")
+model = ModelConfig("tiny", ("cpu",), "float32", runner={name!r})
 runner = load_runner(model, StagePlacement("cpu"), Path({str(make("llama"))!r}), 128)
 runner.forward([Row(0, 0, [1, 2], 2, SamplingParams(temperature=1.0, top_p=0.9))])
 print(runner.info.runner, "transformers" in sys.modules)
@@ -395,7 +411,7 @@ print(runner.info.runner, "transformers" in sys.modules)
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
-    assert run.stdout.split() == ["llama", "False"], run.stderr
+    assert run.stdout.split() == [name, "False"], run.stderr
 
 
 @pytest.mark.gpu

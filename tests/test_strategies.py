@@ -130,6 +130,26 @@ def test_the_text_is_what_transformers_writes_with_the_target_alone(
             assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, hierarchy)
 
 
+@pytest.mark.parametrize("paths", [(DRAFT, TARGET), (DRAFT, MIDDLE, TARGET)], ids=["2", "3"])
+def test_prepared_outcomes_and_trees_leave_the_text_as_it_is(
+    paths: tuple[str, ...], prompts: list[tuple[int, ...]]
+) -> None:
+    hierarchy = hierarchy_of(*paths)
+    schedule = Schedule(outcomes=3, tree=4)
+    num_hits = 0
+    with (
+        GreedyDecoder(hierarchy) as greedy,
+        AsyncChainSpeculativeDecoder(hierarchy, schedule) as decoder,
+    ):
+        for prompt, sampling in zip(prompts, (SamplingParams(), *SAMPLED[:2])):
+            params = replace(SHORT, sampling=sampling)
+            expected = greedy.generate(prompt, params).token_ids
+            generation = decoder.generate(prompt, params)
+            assert_same(expected, generation.token_ids, prompt, hierarchy)
+            num_hits += generation.counts[0]["num_outcome_hits"]
+    assert num_hits > 0, "no verdict was foreseen: nothing was tested"
+
+
 def test_greedy_writes_what_transformers_writes(
     greedy: GreedyDecoder, prompts: list[tuple[int, ...]]
 ) -> None:

@@ -141,6 +141,13 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
         metavar="N",
         help="of async-chain: other tokens a position whose rejection a draft prepares for",
     )
+    group.add_argument(
+        "--tree",
+        type=int,
+        default=schedule.tree,
+        metavar="N",
+        help="of async-chain: candidates of prepared outcomes verified beside the main path",
+    )
     add_process_arguments(group, ready_timeout_s)
 
 

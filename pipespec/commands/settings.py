@@ -68,7 +68,9 @@ def read_settings(options: argparse.Namespace) -> Settings:
         ConfigError: naming the models config and the key.
     """
     strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
-    schedule = Schedule(options.policy, options.lookahead, options.run_ahead, options.outcomes)
+    schedule = Schedule(
+        options.policy, options.lookahead, options.run_ahead, options.outcomes, options.tree
+    )
     config_path = find_models_config(options.models_config_path)
     models = load_models_config(config_path)
     if options.runner != "auto":

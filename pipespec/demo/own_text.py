@@ -12,7 +12,7 @@ import copy
 from itertools import takewhile
 
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM, StaticCache
 
 from pipespec.demo.measures import repeats
 from pipespec.demo.tokenizer import END_OF_TEXT_ID
@@ -34,7 +34,10 @@ def continue_windows(
     """
     # One cast of the weights; autocast would repeat it for every token.
     writer = copy.deepcopy(model).to(torch.bfloat16).eval()
-    cache, fed, tokens = DynamicCache(), prompts, prompts
+    # A cache that grows is copied whole for every token, which takes longer than the model.
+    writer.set_attn_implementation("sdpa")
+    cache = StaticCache(config=writer.config, max_cache_len=length)
+    fed = tokens = prompts
     while tokens.shape[1] < length:
         output = writer(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1].float()

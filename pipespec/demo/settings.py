@@ -108,7 +108,7 @@ class TeacherPlan:
     top: int = 32
     num_short_windows: int = 6144
     num_long_windows: int = 768
-    num_generated_windows: int = 6144
+    num_generated_windows: int = 12288
     short_shares: Shares = (
         ("library", 0.25), ("other", 0.10), ("packages", 0.25), ("functions", 0.15),
         ("package_functions", 0.15), ("arithmetic", 0.10),
@@ -136,15 +136,15 @@ MIDDLE = ModelPlan(
     ModelShape("middle-2M", 224, 2, 448, 32),
     (
         Phase("text", 500, 256),
-        Phase("distillation", 2300, 256, from_target=True),
+        Phase("distillation", 3800, 256, from_target=True),
         Phase("long distillation", 200, 1024, from_target=True),
     ),
 )
 DRAFT = ModelPlan(
-    ModelShape("draft-0.8M", 128, 1, 512, 32),
+    ModelShape("draft-1M", 160, 1, 512, 32),
     (
         Phase("text", 600, 256),
-        Phase("distillation", 5100, 256, from_target=True),
+        Phase("distillation", 7100, 256, from_target=True),
         Phase("long distillation", 300, 1024, from_target=True),
     ),
 )

@@ -69,9 +69,10 @@ class StageCounts:
     num_drafted: tokens that this stage drew and appended, prefill's included. num_stale_drafts:
     draft tokens that arrived for a prefix this stage no longer had. num_rolled_back: own tokens
     that verdicts removed, in num_rollbacks rollbacks. num_past_end: drafted tokens that stood
-    beyond the end of the output when the request finished. num_discarded_steps: forwards whose
-    draws were overtaken. forward_s: time in forwards, prefill included. extra: further numbers by
-    name, passed through.
+    beyond the end of the output when the request finished. num_corrections: verdicts that replaced
+    an own token, num_outcome_hits of which had been prepared for. num_discarded_steps: forwards
+    whose draws were overtaken. forward_s: time in forwards, prefill included. extra: further
+    numbers by name, passed through.
     """
 
     num_steps: int = _wire(_count)
@@ -91,6 +92,8 @@ class StageCounts:
     step_starts_s: tuple[float, ...] = _wire(_seconds_list, default=())
     num_rollbacks: int = _wire(_count, default=0)
     num_past_end: int = _wire(_count, default=0)
+    num_corrections: int = _wire(_count, default=0)
+    num_outcome_hits: int = _wire(_count, default=0)
     extra: Mapping[str, int | float] = field(default_factory=dict)
 
     @property

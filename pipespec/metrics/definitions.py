@@ -65,6 +65,13 @@ def token_wastage(num_rolled_back: int, num_past_end: int, num_drafted: int) -> 
     return ratio(min(num_rolled_back + num_past_end, num_drafted), num_drafted)
 
 
+def outcome_hit_rate(num_outcome_hits: int, num_corrections: int) -> float | None:
+    """Corrections for which the draft had prepared, divided by all that it was told: the hit rate
+    of the speculation cache in speculative speculative decoding (arXiv 2603.03251), there counted
+    over all verdicts."""
+    return ratio(num_outcome_hits, num_corrections)
+
+
 def efficiency_gain(num_tokens: int, num_target_forwards: int) -> float | None:
     """Target forwards per token of greedy, which is one, divided by those of the run. The prefill
     counts as one forward in both, so greedy has exactly 1."""

@@ -37,6 +37,7 @@ class Summary:
     mean_accepted_length: tuple[float | None, ...]
     block_efficiency: tuple[float | None, ...]
     token_wastage: tuple[float | None, ...]
+    outcome_hit_rate: tuple[float | None, ...]
 
     @property
     def ms_per_token(self) -> float | None:
@@ -85,6 +86,7 @@ def summarise(results: Sequence[Result]) -> Summary:
         mean_accepted_length=tuple(pair.mean_accepted_length for pair in pairs),
         block_efficiency=tuple(pair.block_efficiency for pair in pairs),
         token_wastage=tuple(pair.token_wastage for pair in pairs),
+        outcome_hit_rate=tuple(pair.outcome_hit_rate for pair in pairs),
     )
 
 
@@ -160,6 +162,7 @@ class _PairRates:
     mean_accepted_length: float | None
     block_efficiency: float | None
     token_wastage: float | None
+    outcome_hit_rate: float | None
 
 
 def _pair_rates(metrics: Sequence[Result], pair: int) -> _PairRates:
@@ -180,4 +183,5 @@ def _pair_rates(metrics: Sequence[Result], pair: int) -> _PairRates:
         _apply(definitions.mean_accepted_length, num_accepted, num_verifications),
         _apply(definitions.block_efficiency, num_emitted, num_verifications),
         _apply(definitions.token_wastage, *wasted, total("num_drafted")),
+        _apply(definitions.outcome_hit_rate, total("num_outcome_hits"), total("num_corrections")),
     )

@@ -92,6 +92,10 @@ def _pair_metrics(counts: Sequence[StageCounts]) -> dict[str, list[Any]]:
             definitions.token_wastage(stage.num_rolled_back, stage.num_past_end, stage.num_drafted)
             for stage in counts[:-1]
         ],
+        "outcome_hit_rate": [
+            definitions.outcome_hit_rate(stage.num_outcome_hits, stage.num_corrections)
+            for stage in counts[:-1]
+        ],
     }
 
 
@@ -103,6 +107,8 @@ _STAGE_COUNTERS = (
     "num_rolled_back",
     "num_rollbacks",
     "num_past_end",
+    "num_corrections",
+    "num_outcome_hits",
     "num_discarded_steps",
 )
 

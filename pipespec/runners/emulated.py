@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pipespec.emulation.model import NUM_IDS, parse_emulation
+from pipespec.emulation.model import NUM_IDS, NUM_TAIL_ROWS, parse_emulation
 from pipespec.errors import ConfigError
 from pipespec.hashing import ROOT, extend
-from pipespec.runners.base import Row, RunnerInfo
-from pipespec.runners.rows import check_row
+from pipespec.runners.base import Row, RunnerInfo, TreeRow
+from pipespec.runners.rows import check_row, check_tree
 
 _MAX_OVERSLEEP_S: Final = 1e-3
 
@@ -48,6 +48,7 @@ class EmulatedRunner:
         limit = self._emulation.context_length
         self._oracle = self._emulation.oracle(vocab_size, name)
         self._hashes: dict[int, list[int]] = {}  # slot -> hash of each prefix it holds, [0]: empty
+        self._tails: dict[int, dict[int, int]] = {}  # slot -> row beyond them -> prefix it ends
         self._oversleep_s = 0.0
         self._info = RunnerInfo(
             name=name,
@@ -58,6 +59,7 @@ class EmulatedRunner:
             context_length=min(context_length or limit, limit),
             num_parameters=0,
             weight_bytes=0,
+            num_tail_rows=NUM_TAIL_ROWS,
         )
 
     @property
@@ -78,14 +80,44 @@ class EmulatedRunner:
         self._sleep_until(deadline_s)
         return results
 
+    def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
+        """See `BranchingRunner`; every token fed counts for the time.
+
+        Raises:
+            PipeSpecError: a position beyond the context; nothing was changed.
+        """
+        deadline_s = time.perf_counter()
+        deadline_s += self._emulation.forward_s(len(row.row.ids) + len(row.tail))
+        check_tree(row, self._info, NUM_IDS)
+        hashes = self._hashes.setdefault(row.row.slot, [ROOT])
+        tail = self._tails.setdefault(row.row.slot, {})
+        if row.keep:
+            assert row.keep_start < len(hashes), "a gap between what the slot holds and is kept"
+            hashes[row.keep_start + 1 :] = [tail[kept] for kept in row.keep]
+        ends = self._feed(hashes, row.row)
+        for item in row.tail:
+            is_text = item.parent_row + 1 < len(hashes)
+            before = hashes[item.parent_row + 1] if is_text else tail[item.parent_row]
+            tail[item.row] = extend(before, item.token)
+            ends.append((tail[item.row], item.position + 1))
+        draws = [tuple(self._oracle.ranked(end, row.num_ranked, n)) for end, n in ends]
+        self._sleep_until(deadline_s)
+        return draws
+
     def release(self, slot: int) -> None:
         self._hashes.pop(slot, None)
+        self._tails.pop(slot, None)
 
     def close(self) -> None:
         self._hashes.clear()
+        self._tails.clear()
 
     def _draws(self, row: Row) -> list[int]:
         hashes = self._hashes.setdefault(row.slot, [ROOT])
+        return [self._oracle.draw(end, n) for end, n in self._feed(hashes, row)]
+
+    def _feed(self, hashes: list[int], row: Row) -> list[tuple[int, int]]:
+        """The hashes of the prefixes after which the row draws, and their lengths."""
         assert row.start < len(hashes), "a gap between what the slot holds and the row"
         del hashes[row.start + 1 :]
         prefix_hash = hashes[-1]
@@ -93,7 +125,7 @@ class EmulatedRunner:
             prefix_hash = extend(prefix_hash, token)
             hashes.append(prefix_hash)
         first = len(hashes) - row.num_draws
-        return [self._oracle.draw(hashes[n], n) for n in range(first, len(hashes))]
+        return [(hashes[n], n) for n in range(first, len(hashes))]
 
     def _sleep_until(self, deadline_s: float) -> None:
         """Sleeps, aiming early by what sleeps have lately been late: exact on average, and the core

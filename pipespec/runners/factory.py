@@ -1,14 +1,16 @@
 """Which runner serves a model, and one-line errors for what goes wrong while it loads.
 
-"runner": "auto" takes the lean runner where it serves the checkpoint exactly, on one device and
-unquantized, and transformers otherwise. Torch is imported only for real models, transformers only
-by the `hf` runner.
+"runner": "auto" takes for a checkpoint that they serve exactly, on one device and unquantized, the
+native runner on CPU (if there is a C++ compiler and the dtype is float32 or bfloat16), else the
+lean one, and transformers otherwise. Torch is imported only for real models, transformers only by
+the `hf` runner.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any, Final
 
 from pipespec.config import ModelConfig
 from pipespec.errors import ModelLoadError
@@ -16,6 +18,8 @@ from pipespec.placement import StagePlacement
 from pipespec.runners.base import ModelRunner
 
 log = logging.getLogger(__name__)
+
+_LEAN: Final = ("native", "llama")  # in the order that "auto" tries
 
 
 def load_runner(
@@ -63,28 +67,34 @@ def _load(
     context_length: int | None,
     num_slots: int,
 ) -> ModelRunner:
-    obstacle = _why_not_lean(model, placement)
-    if model.runner == "llama" and obstacle:
-        raise ModelLoadError(f'{model.name}: "runner": "llama" cannot do {obstacle}; use "hf"')
-    if model.runner in ("auto", "llama") and not obstacle:
-        from pipespec.runners.architecture import UnsupportedCheckpoint
-        from pipespec.runners.llama import LlamaRunner
+    from pipespec.runners.architecture import UnsupportedCheckpoint
+    from pipespec.runners.native import BuildError
 
+    options: dict[str, Any] = {
+        "name": model.name,
+        "dtype": model.dtype,
+        "vocab_size": vocab_size,
+        "context_length": context_length,
+        "num_slots": num_slots,
+        "num_threads": placement.threads,
+    }
+    for runner in _LEAN:
+        is_asked = model.runner == runner
+        obstacle = _obstacle(runner, model, placement)
+        if is_asked and obstacle:
+            raise ModelLoadError(f'{model.name}: "runner": "{runner}" cannot do {obstacle}')
+        if obstacle or not (is_asked or model.runner == "auto"):
+            continue
         try:
-            return LlamaRunner(
-                folder,
-                name=model.name,
-                dtype=model.dtype,
-                device=placement.device,
-                vocab_size=vocab_size,
-                context_length=context_length,
-                num_slots=num_slots,
-                num_threads=placement.threads,
-            )
+            return _load_lean(runner, folder, placement.device, options)
+        except BuildError as error:
+            if is_asked:
+                raise ModelLoadError(f'{model.name}: {error}; or "runner": "llama"') from error
+            log.info("%s: the llama runner serves it: %s", model.name, error)
         except UnsupportedCheckpoint as error:
-            if model.runner == "llama":
+            if is_asked:
                 raise ModelLoadError(f'{model.name}: {error}; use "runner": "hf"') from error
-            log.info("%s: the hf runner serves it: %s", model.name, error)
+            log.info("%s: the %s runner does not serve it: %s", model.name, runner, error)
     from pipespec.runners.hf import HfRunner
 
     return HfRunner(
@@ -99,10 +109,28 @@ def _load(
     )
 
 
-def _why_not_lean(model: ModelConfig, placement: StagePlacement) -> str:
+def _load_lean(runner: str, folder: Path, device: str, options: dict[str, Any]) -> ModelRunner:
+    """One of `_LEAN`. options: what all of them take."""
+    if runner == "native":
+        from pipespec.runners.native import NativeRunner
+
+        return NativeRunner(folder, **options)
+    from pipespec.runners.llama import LlamaRunner
+
+    return LlamaRunner(folder, device=device, **options)
+
+
+def _obstacle(runner: str, model: ModelConfig, placement: StagePlacement) -> str:
+    """What one of `_LEAN` cannot do of what is asked, and what can."""
     if model.quantize is not None:
-        return f'"quantize": "{model.quantize}"'
-    return "several devices" if placement.device == "auto" else ""
+        return f'"quantize": "{model.quantize}"; use "hf"'
+    if placement.device == "auto":
+        return 'several devices; use "hf"'
+    if runner == "native" and placement.device != "cpu":
+        return f'{placement.device}; use "llama"'
+    if runner == "native" and model.dtype == "float16":
+        return '"dtype": "float16"; use "llama"'
+    return ""
 
 
 def _require_cuda(model: ModelConfig, placement: StagePlacement) -> None:

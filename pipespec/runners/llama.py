@@ -19,7 +19,7 @@ from pipespec.runners.drawing import draw_rows, rank_tree
 from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
 from pipespec.runners.rows import CHUNK, check_row, chunks
 
-TAIL_ROWS = 128  # of each slot, beyond its context, for branches
+TAIL_ROWS = 192  # of each slot, beyond its context, for branches
 
 
 class _Slot:
@@ -155,7 +155,7 @@ class LlamaRunner:
         if not tree.tail:
             return self._row_logits(row)
         slot.length = row.start + len(row.ids)
-        slot.visible = {at: bits for at, bits in slot.visible.items() if at < tree.tail[0].row}
+        slot.visible = {at: bits for at, bits in slot.visible.items() if at >= slot.length}
         for item in tree.tail:
             slot.visible[item.row] = slot.sees(item.parent_row) | 1 << item.row
         own = [slot.sees(position) for position in range(row.start, slot.length)]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from pipespec.emulation import TokenOracle
-from pipespec.hashing import hash_tokens
+from pipespec.hashing import extend, hash_tokens
 from pipespec.messages import Draft
 from pipespec.simulate.cache import Cache
-from pipespec.state.outcomes import Feed
+from pipespec.state.candidates import Twig
 from pipespec.state.request import RequestState
 from pipespec.state.step import Step
 
@@ -39,13 +39,28 @@ def check_step(request: RequestState, step: Step, cache: Cache) -> None:
     check(step.num_candidates < max(1, request.room), "a step stays within the room")
 
 
-def check_feed(request: RequestState, feed: Feed, cache: Cache) -> None:
-    """Before a branch's token is fed: what it follows is the prefix and the branch so far."""
-    branch = feed.branch
-    before = branch.tokens[: feed.position - branch.position]
-    prefix = hash_tokens(request.seq[: branch.position] + before)
+def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> None:
+    """Before an item of the tail is fed: what it follows is the prefix that it was made for."""
+    feed = step.tail[index]
+    if index < len(step.twigs):
+        prefix = _prefix_of(request, step.twigs[index].before)
+        check(feed.row >= step.end, "a candidate beside the main path keeps clear of its rows")
+    else:
+        branch = step.branches[index - len(step.twigs)]
+        before = branch.tokens[: feed.position - branch.position]
+        prefix = hash_tokens(request.seq[: branch.position] + before)
+        reach = request.acked + request.role.run_ahead
+        check(feed.row > reach, "a branch keeps clear of own rows")
+        check(feed.row > feed.position, "a branch is copied forwards")
+    check(feed.row > feed.parent_row, "a row comes after those that it sees")
     check(cache.hash_of(feed.parent_row) == prefix, "a branch is fed on the prefix it follows")
-    check(feed.row > request.acked + request.role.run_ahead, "a branch keeps clear of own rows")
+
+
+def _prefix_of(request: RequestState, place: Twig | int) -> int:
+    """The hash of own text and candidates up to a place among them."""
+    if isinstance(place, int):
+        return hash_tokens(request.seq + request.cands.main[:place])
+    return extend(_prefix_of(request, place.before), place.token)
 
 
 def check_draws(request: RequestState, num_before: int, oracle: TokenOracle) -> None:
@@ -81,7 +96,9 @@ def check_caps(request: RequestState, *, reliable: bool) -> None:
         check(request.sent <= request.acked + role.run_ahead, "sent drafts stay within run-ahead")
         check(request.sent <= len(request.seq), "only own tokens are sent")
     if reliable:
-        check(len(request.cands.main) <= role.max_candidates, "the main path stays within its cap")
+        if not role.max_branch_tokens:  # a branch may take the place of a main path not held yet
+            in_cap = len(request.cands.main) <= role.max_candidates
+            check(in_cap, "the main path stays within its cap")
         check(request.counts.num_overflows == 0, "nobody sends more than the next stage takes")
         check(request.counts.num_dropped_verdicts == 0, "no verdict is out of order")
 

@@ -287,9 +287,9 @@ class Simulation:
     ) -> list[Ranked]:
         """What the model ranks first after what the cache really holds, right or wrong."""
         hashes = [cache.feed(row, token, row - 1) for row, token in enumerate(step.ids, step.start)]
-        for feed in step.tail:
+        for index, feed in enumerate(step.tail):
             if self._verify:
-                checks.check_feed(request, feed, cache)
+                checks.check_feed(request, step, index, cache)
             hashes.append(cache.feed(feed.row, feed.token, feed.parent_row))
         count = 1 + request.role.outcomes.num_ranked
         first = len(hashes) - step.num_draws - len(step.tail)

@@ -9,19 +9,19 @@ model, the latency between processes. Without both it is the *ideal* of that pip
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pipespec.config import ModelConfig, SamplingParams, Schedule
 from pipespec.emulation import Emulation, TokenOracle, parse_emulation
+from pipespec.emulation.model import NUM_TAIL_ROWS
 from pipespec.errors import ConfigError
 from pipespec.messages import Submit
 from pipespec.metrics import StageCounts
-from pipespec.metrics.definitions import block_efficiency, ratio
+from pipespec.metrics.definitions import block_efficiency, outcome_hit_rate, ratio
 from pipespec.policy import make_policy
 from pipespec.simulate.engine import Simulation
 from pipespec.simulate.setup import SimStage
-from pipespec.state.outcomes import Budget
 from pipespec.state.step import Role
 
 LATENCY_S: Final = 1e-4  # from one process to the next; of no weight beside steps of ms
@@ -96,6 +96,15 @@ class Prediction:
             for stage in self.stages
         )
 
+    @property
+    def outcome_hit_rate(self) -> float | None:
+        """Of the stage before the target; None if it was not corrected, or there is none."""
+        drafts = self.stages[-2] if len(self.stages) > 1 else ()
+        return outcome_hit_rate(
+            sum(text.num_outcome_hits for text in drafts),
+            sum(text.num_corrections for text in drafts),
+        )
+
     def emitted(self, stage: int) -> list[int]:
         """Tokens of each verification of a stage, bonus or correction token included: the
         original's `accepted_tokens`."""
@@ -129,15 +138,13 @@ def predict(
     return predict_texts(sim_models, strategy, schedule or Schedule(), submits)
 
 
-def emulated_model(
-    name: str, emulation: Emulation, vocab_size: int, *, num_tail_rows: int = 0
-) -> SimModel:
+def emulated_model(name: str, emulation: Emulation, vocab_size: int) -> SimModel:
     """What the emulated runner would be and draw with a tokenizer of so many ids."""
     return SimModel(
         forward_s=lambda num_tokens, _context: emulation.forward_s(num_tokens),
         oracle=emulation.oracle(min(vocab_size, emulation.vocab_size), name),
         context_length=emulation.context_length,
-        num_tail_rows=num_tail_rows,
+        num_tail_rows=NUM_TAIL_ROWS,
     )
 
 
@@ -180,31 +187,27 @@ class _Text:
 
 
 class _Pipeline:
-    """Stages that write one text after the other."""
+    """Stages that write one text after the other; what they learn they keep."""
 
     def __init__(
         self, models: Sequence[SimModel], schedule: Schedule, latency_s: float, is_chain: bool
     ) -> None:
         self._models = models
-        self._schedule = schedule
         self._latency_s = 0.0 if is_chain else latency_s
         self._is_chain = is_chain
+        count = len(models)
+        self._roles = [
+            _role(index, count, model, schedule, is_chain) for index, model in enumerate(models)
+        ]
         self._policies = [
             make_policy(schedule, is_first=index == 0, overlaps=not is_chain)
-            for index in range(len(models))
+            for index in range(count)
         ]
         self._now_s = 0.0
 
     def write(self, submit: Submit, max_new_tokens: int) -> _Text:
-        wanted = Submit(
-            submit.request,
-            submit.prompt,
-            (),
-            submit.sampling,
-            max_new_tokens,
-            submit.eos,
-            (),  # what a stop text would cut, max_new_tokens cuts
-        )
+        # What a stop text would cut, max_new_tokens cuts: a simulation has no text.
+        wanted = replace(submit, max_new_tokens=max_new_tokens, stop=())
         context = len(submit.prompt) + max_new_tokens // 2
         stages = [self._stage(index, context) for index in range(len(self._models))]
         simulation = Simulation(
@@ -219,42 +222,28 @@ class _Pipeline:
         report = simulation.run()
         seconds = report.end_s - self._now_s
         self._now_s = report.end_s + _PAUSE_S
+        counts = [report.stats[index, submit.request] for index in range(len(stages))]
         return _Text(
             tuple(report.outputs[submit.request]),
             seconds,
-            tuple(
-                StageCounts.from_values(report.stats[index, submit.request])
-                for index in range(len(stages))
-            ),
+            tuple(map(StageCounts.from_values, counts)),
         )
 
     def _stage(self, index: int, context: int) -> SimStage:
         """For a text of about `context` tokens."""
-        model, policy = self._models[index], self._policies[index]
+        model = self._models[index]
         return SimStage(
-            role=lambda: self._role(index),
-            policy=lambda: policy,
+            role=lambda: self._roles[index],
+            policy=lambda: self._policies[index],
             step_s=lambda num_tokens: model.forward_s(num_tokens, context),
             oracle=model.oracle,
             between_s=model.between_s,
         )
 
-    def _role(self, index: int) -> Role:
-        """As `stage.StageLoop` and `decoding.chain` set it up."""
-        model, num_stages = self._models[index], len(self._models)
-        ahead = self._schedule.run_ahead
-        if self._is_chain:
-            ahead = self._schedule.lookahead or ahead
-            return Role(index, num_stages, ahead, ahead, context_length=model.context_length)
-        budget = Budget(self._schedule.outcomes)
-        can_prepare = index < num_stages - 1 and model.num_tail_rows > ahead + budget.num_rows
-        return Role(
-            index,
-            num_stages,
-            ahead,
-            ahead,
-            batch=self._policies[index].batch if index == 0 else 1,  # learnt, as all else
-            context_length=model.context_length,
-            outcomes=budget if can_prepare else Budget(),
-            max_branch_tokens=budget.most_tokens if index > 0 else 0,
-        )
+
+def _role(index: int, num_stages: int, model: SimModel, schedule: Schedule, is_chain: bool) -> Role:
+    """As `stage.StageLoop` and `decoding.chain` set it up."""
+    if is_chain:
+        ahead = schedule.lookahead or schedule.run_ahead
+        return Role(index, num_stages, ahead, ahead, context_length=model.context_length)
+    return Role.of(schedule, index, num_stages, model.context_length, model.num_tail_rows)

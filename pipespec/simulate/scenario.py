@@ -38,6 +38,7 @@ class Scenario:
     adaptive: bool
     short_context: bool
     outcomes: tuple[Budget, ...]
+    twigs: tuple[int, ...]
     max_new_tokens: tuple[int, ...]
     eos: int | None
 
@@ -64,6 +65,7 @@ class Scenario:
             max_new_tokens=tuple(rng.randint(1, 20) for _ in range(num_requests)),
             eos=rng.choice([None, None, VOCAB_SIZE - 1]),
             outcomes=tuple(_budget(rng) for _ in range(num_stages - 1)),
+            twigs=(0, *(rng.choice([0, rng.randint(1, 6)]) for _ in range(num_stages - 1))),
         )
 
     def submits(self) -> list[Submit]:
@@ -106,7 +108,8 @@ class Scenario:
                 self.batch,
                 context_length,
                 (*self.outcomes, Budget())[index],
-                self.outcomes[index - 1].most_tokens if index else 0,
+                self.outcomes[index - 1].most_tokens(above) if index else 0,
+                self.twigs[index],
             ),
             policy=policy,
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),

@@ -6,11 +6,14 @@ first token of such a branch, the rest of it becomes the main path, and no round
 (speculative speculative decoding, arXiv 2603.03251).
 
 Nodes are found by the hash of the prefix that they end, so a draft may name any of them.
+
+A verification scores the main path and, where that pays, some of the other nodes beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipespec.hashing import extend
@@ -23,6 +26,17 @@ class Node:
     token: int
     prefix_hash: int
     children: list[Node] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Twig:
+    """A candidate beside the main path. before: what it follows, a twig or so many tokens of the
+    main path. depth: candidates before it. value: how likely it is accepted."""
+
+    token: int
+    before: Twig | int
+    depth: int
+    value: float
 
 
 class Candidates:
@@ -56,6 +70,46 @@ class Candidates:
                 yield (*path, child.token)
                 open_paths.append((child, (*path, child.token)))
 
+    def twigs(
+        self, num_main: int, most: int, end: int, agreement: float, share: Callable[[int], float]
+    ) -> list[Twig]:
+        """The candidates beside the first `num_main` of the main path that are likeliest to be
+        accepted, parents before children, at most `most`, with fewer than `end` before them.
+
+        agreement: how often the first child is right. share: of the other cases, how many are those
+        of an alternative, by its rank from 0.
+        """
+        found: list[Twig] = []
+        node, reached = self.root, 1.0
+        for depth in range(num_main + 1):
+            for rank, child in enumerate(node.children[1:]):
+                value = reached * (1.0 - agreement) * share(rank)
+                self._grow(found, Twig(child.token, depth, depth, value), child, end, agreement)
+            reached *= agreement
+            if node.children:
+                node = node.children[0]
+        return heapq.nlargest(most, found, key=lambda twig: twig.value)
+
+    def _grow(self, found: list[Twig], twig: Twig, node: Node, end: int, agreement: float) -> None:
+        """Adds a twig and the first children that follow it."""
+        while twig.depth < end:
+            found.append(twig)
+            if not node.children:
+                return
+            node = node.children[0]
+            twig = Twig(node.token, twig, twig.depth + 1, twig.value * agreement)
+
+    def rank(self, path: Sequence[int], token: int) -> int | None:
+        """Which alternative after this path the token is, counted from 0."""
+        node = self.root
+        for before in path:
+            found = [child for child in node.children if child.token == before]
+            if not found:
+                return None
+            node = found[0]
+        others = [child.token for child in node.children[1:]]
+        return others.index(token) if token in others else None
+
     def find(self, prefix_hash: int) -> Node | None:
         """The node that ends the prefix with this hash; the root ends the sequence itself."""
         return self._nodes.get(prefix_hash)
@@ -64,19 +118,25 @@ class Candidates:
         """Whether nothing follows this node and it is the last of the main path."""
         return node is self._end
 
-    def add(self, node: Node, token: int) -> Node | None:
-        """The child of `node` with this token, made if there was none; None if there is no room."""
-        for child in node.children:
-            if child.token == token:
-                return child
-        if len(self) >= self._most:
-            return None
-        child = Node(token, extend(node.prefix_hash, token))
-        node.children.append(child)
-        self._nodes[child.prefix_hash] = child
-        if node is self._end:
-            self._end = child
-            self.main.append(token)
+    def add(self, node: Node, token: int, *, is_own: bool = True) -> Node | None:
+        """The child of `node` with this token, made if there was none; None if there is no room.
+
+        is_own: it is of the drafter's own text, and so comes before what was only prepared.
+        """
+        child = next((child for child in node.children if child.token == token), None)
+        if child is None:
+            if len(self) >= self._most:
+                return None
+            child = Node(token, extend(node.prefix_hash, token))
+            node.children.append(child)
+            self._nodes[child.prefix_hash] = child
+            if node is self._end:
+                self._end = child
+                self.main.append(token)
+        if is_own and child is not node.children[0]:
+            node.children.remove(child)
+            node.children.insert(0, child)
+            self.main = list(self._first_path(self.root))
         return child
 
     def follow(self, token: int, prefix_hash: int) -> bool:

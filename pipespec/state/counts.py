@@ -37,14 +37,15 @@ class Counts:
     num_discarded_steps: int = 0
     num_dropped_verdicts: int = 0
     num_overflows: int = 0
-    num_outcome_hits: int = 0
+    num_corrections: int = 0  # own tokens that a verdict replaced by another
+    num_outcome_hits: int = 0  # of these, foreseen
     wait_s: float = 0.0
     forward_s: float = 0.0
 
     def log_step(
         self, step: Step, accepted: int, emitted: int, start_s: float, end_s: float
     ) -> None:
-        """One forward: of `step.num_candidates` offered, `accepted` matched, and the stage's own
+        """One forward: of the candidates offered, `accepted` matched, and the stage's own
         sequence grew by `emitted` (0 if a verdict had overtaken the step)."""
         seconds = end_s - start_s
         self.forward_s += seconds
@@ -57,7 +58,7 @@ class Counts:
         self.step_starts_s.append(start_s)
         self.step_times_s.append(seconds)
         self.query_lengths.append(len(step.ids) + len(step.tail))
-        self.offered.append(step.num_candidates)
+        self.offered.append(step.num_candidates + len(step.twigs))
         self.accepted.append(accepted)
         self.emitted.append(emitted)
 

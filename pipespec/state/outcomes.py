@@ -6,14 +6,17 @@ stage itself ranked just below its choice. A verdict that was foreseen so costs 
 Source: speculative speculative decoding, arXiv 2603.03251, here for every boundary of a chain.
 
 A branch's tokens are fed to rows of the cache beyond all rows that the own sequence may reach; if
-its verdict comes, the rows are copied to where they belong. Plain data, as all of `state`.
+its verdict comes, the rows are copied to where they belong. Which branches exist is decided here,
+how many are fed in a forward by a policy, from their values. Plain data, as all of `state`.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from pipespec.state.tail import Feed, TailRows
 
 Ranked = tuple[int, ...]  # token ids, best first
 
@@ -21,8 +24,8 @@ Ranked = tuple[int, ...]  # token ids, best first
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How much a stage may spend. num_ranked: alternatives a position. length: tokens that a
-    branch continues for. num_feeds: branch tokens in one forward. num_rows: of the cache. batch:
-    branch tokens that are worth a message."""
+    branch continues for. num_feeds: most branch tokens in one forward. num_rows: of the cache.
+    batch: branch tokens that are worth a message."""
 
     num_ranked: int = 0
     length: int = 4
@@ -30,11 +33,10 @@ class Budget:
     num_rows: int = 64
     batch: int = 8
 
-    @property
-    def most_tokens(self) -> int:
-        """That the next stage may have to hold: a branch has one token that is not fed, and those
-        of the case that occurred stay when the next ones come."""
-        return 4 * self.num_rows if self.num_ranked else 0
+    def most_tokens(self, run_ahead: int) -> int:
+        """That the next stage may have to hold: each case at each position that may be unverified,
+        and those of the case that occurred."""
+        return self.num_ranked * (self.length + 1) * (run_ahead + 2)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,27 +44,16 @@ class Branch:
     """The case that a verdict puts `tokens[0]` at `position`; the other tokens continue it.
 
     rows: of the cache, of the tokens that were fed. ranked: beside each token that continues it,
-    the tokens ranked below. weight: how likely the case is.
+    the tokens ranked below. value: how likely its next token will be drafted for the case that
+    occurs and be accepted.
     """
 
     position: int
     tokens: list[int]
-    weight: float = 0.0
+    value: float = 0.0
     rows: list[int] = field(default_factory=list)
     ranked: list[Ranked] = field(default_factory=list)
     num_sent: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """A branch's next token in a forward: `token` at `position`, stored in cache row `row`, follows
-    what is stored in row `parent_row`."""
-
-    branch: Branch
-    token: int
-    position: int
-    row: int
-    parent_row: int
 
 
 class RankStats:
@@ -82,7 +73,7 @@ class RankStats:
 
     def share(self, rank: int) -> float:
         """Chance that a correction is the alternative of this rank, counted from 0."""
-        return self._num_at[rank] / self._num_corrected
+        return self._num_at[rank] / self._num_corrected if rank < len(self._num_at) else 0.0
 
     def observe(self, num_right: int, rank: int | None, *, corrected: bool) -> None:
         """A verdict agreed with so many tokens and, if `corrected`, replaced the next by the
@@ -93,14 +84,16 @@ class RankStats:
         if corrected:
             self._num_corrected = 0.98 * self._num_corrected + 1.0
             self._num_at = [0.98 * count for count in self._num_at]
-            if rank is not None:
+            if rank is not None and rank < len(self._num_at):
                 self._num_at[rank] += 1.0
 
 
 class Outcomes:
     """The branches of one request at one stage."""
 
-    def __init__(self, budget: Budget, run_ahead: int, limit: int, eos: frozenset[int]) -> None:
+    def __init__(
+        self, budget: Budget, rows: TailRows, run_ahead: int, limit: int, eos: frozenset[int]
+    ) -> None:
         """limit: no token at this position or after it is wanted."""
         self.budget = budget
         self._limit = limit
@@ -109,7 +102,7 @@ class Outcomes:
         self.branches: dict[tuple[int, int], Branch] = {}  # by position and first token
         self._alternatives: dict[int, Ranked] = {}  # by position
         self._eos = eos
-        self._first_row = self._num_rows = 0
+        self._rows = rows
 
     def learn(self, position: int, ranked: Sequence[int]) -> None:
         """The tokens ranked below the one that now stands at `position`."""
@@ -121,21 +114,22 @@ class Outcomes:
         alternatives = self._alternatives.get(position, ())
         return alternatives.index(token) if token in alternatives else None
 
-    def has_work(self, acked: int, end: int) -> bool:
-        """Whether `feeds` would find any."""
-        return bool(self._open(acked, end)) and self._num_rows < self.budget.num_rows
-
-    def feeds(self, acked: int, end: int, first_row: int) -> tuple[Feed, ...]:
-        """The branch tokens that are worth most in the next forward.
+    def offers(self, acked: int, end: int) -> list[Branch]:
+        """Branches that could grow by a token in the next forward, best first; `value` is set.
 
         acked: where the next verdict begins. end: own tokens before it have their rows in the cache
-        after this forward. first_row: the first that the own sequence cannot reach.
+        after this forward.
         """
-        if not self.branches:
-            self._first_row, self._num_rows = first_row, 0
-        most = min(self.budget.num_feeds, self.budget.num_rows - self._num_rows)
-        best = heapq.nlargest(most, self._open(acked, end), key=self._value)
-        return tuple(self._feed(branch) for branch in best)
+        most = min(self.budget.num_feeds, self._rows.num_free)
+        return heapq.nlargest(most, self._open(acked, end), key=lambda branch: branch.value)
+
+    def feed(self, branch: Branch, row: int) -> Feed:
+        """The branch's next token, to be stored in `row`."""
+        self.branches[branch.position, branch.tokens[0]] = branch
+        parent_row = branch.rows[-1] if branch.rows else branch.position - 1
+        position = branch.position + len(branch.rows)
+        branch.rows.append(row)
+        return Feed(branch.tokens[-1], position, row, parent_row)
 
     def match(self, position: int, tokens: Sequence[int]) -> Branch | None:
         """The branch for a verdict that puts these tokens at `position` and after."""
@@ -146,15 +140,14 @@ class Outcomes:
 
     def clear(self, length: int) -> None:
         """All branches are void, and what was known of positions from `length` on."""
-        self.branches.clear()
+        self._drop(list(self.branches))
         for position in [known for known in self._alternatives if known >= length]:
             del self._alternatives[position]
 
     def forget_before(self, position: int, *, was_lost: bool) -> None:
         """A verdict has passed this position: earlier cases did not occur. was_lost: the next stage
         has lost what was sent."""
-        for key in [key for key in self.branches if key[0] < position]:
-            del self.branches[key]
+        self._drop([key for key in self.branches if key[0] < position])
         for known in [known for known in self._alternatives if known < position]:
             del self._alternatives[known]
         if was_lost:
@@ -183,8 +176,7 @@ class Outcomes:
 
     def make_room(self, end: int) -> None:
         """The own sequence needs all cache rows before `end`."""
-        if end > self._first_row:
-            self.branches.clear()
+        self._drop([k for k, branch in self.branches.items() if branch.rows[0] < end])
 
     def _open(self, acked: int, end: int) -> list[Branch]:
         """Cases that could be continued for longer, at positions from `acked` to `end`."""
@@ -193,27 +185,18 @@ class Outcomes:
         for position in range(acked, end + 1):
             for rank, token in enumerate(self._alternatives.get(position, ())):
                 branch = self.branches.get((position, token)) or Branch(position, [token])
-                branch.weight = chance * self.stats.share(rank)
                 if self._goes_on(branch):
+                    case = chance * self.stats.share(rank)
+                    branch.value = case * self.stats.agreement ** len(branch.rows)
                     found.append(branch)
             chance *= self.stats.agreement
         return found
-
-    def _value(self, branch: Branch) -> float:
-        """How likely the branch's next token will be a candidate that is accepted."""
-        return branch.weight * self.stats.agreement ** len(branch.rows)
 
     def _goes_on(self, branch: Branch) -> bool:
         num_fed = len(branch.rows)
         is_wanted = num_fed < self._length and branch.position + num_fed + 1 < self._limit
         return is_wanted and branch.tokens[-1] not in self._eos
 
-    def _feed(self, branch: Branch) -> Feed:
-        self.branches[branch.position, branch.tokens[0]] = branch
-        row = self._first_row + self._num_rows
-        self._num_rows += 1
-        parent_row = branch.rows[-1] if branch.rows else branch.position - 1
-        position = branch.position + len(branch.rows)
-        feed = Feed(branch, branch.tokens[-1], position, row, parent_row)
-        branch.rows.append(row)
-        return feed
+    def _drop(self, keys: Iterable[tuple[int, int]]) -> None:
+        for key in keys:
+            self._rows.free(self.branches.pop(key).rows)

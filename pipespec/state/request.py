@@ -24,10 +24,15 @@ from collections.abc import Callable, Sequence
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
-from pipespec.state.candidates import Candidates, Node
+from pipespec.state.beside import branch_draft, place_feeds
+from pipespec.state.candidates import Candidates, Node, Twig
 from pipespec.state.counts import Counts
-from pipespec.state.outcomes import Branch, Feed, Outcomes, Ranked
+from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
 from pipespec.state.step import Role, Step
+from pipespec.state.tail import TailRows
+from pipespec.state.verification import verify
+
+MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
@@ -37,10 +42,11 @@ class RequestState:
     """The state of one request at one stage. Owned by exactly one `StageState`."""
 
     __slots__ = (
-        "acked", "adopted", "cands", "check_finish", "context_is_short", "counts",
-        "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep", "keep_start",
-        "kv_valid", "limit", "num_verdicts_sent", "outcomes", "prompt_len", "request", "role",
-        "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
+        "acked", "adopted", "candidate_stats", "cands", "check_finish", "context_is_short",
+        "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep",
+        "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent", "outcomes",
+        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
@@ -72,7 +78,11 @@ class RequestState:
         self.step: Step | None = None
         self.intact = 0  # how much of seq no verdict has touched since the step in flight began
         self.waiting_until: float | None = None
-        self.outcomes = Outcomes(role.outcomes, role.run_ahead, self.limit, self.eos)
+        num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
+        self.rows = TailRows(num_rows + role.max_twigs)
+        self.outcomes = Outcomes(role.outcomes, self.rows, role.run_ahead, self.limit, self.eos)
+        self.candidate_stats = RankStats(MAX_ALTERNATIVES)
+        self.num_main_accepted = 0  # candidates of the main path, in the step that ended last
         self.adopted: Branch | None = None  # by a verdict that overtook the step in flight
         self.keep: tuple[int, ...] = ()  # cache rows to copy to `keep_start` before the next step
         self.keep_start = 0
@@ -110,7 +120,7 @@ class RequestState:
         time."""
         if not self.role.is_first or self.step is not None or self.is_prefill:
             return False
-        return self.outcomes.has_work(self.acked, self.kv_valid)
+        return bool(self.outcomes.offers(self.acked, self.kv_valid))
 
     @property
     def is_prefill(self) -> bool:
@@ -132,7 +142,7 @@ class RequestState:
             if draft.parents:
                 parent = draft.parents[index]
                 follows = places[parent] if parent >= 0 else before
-            follows = self._follow(follows, token)
+            follows = self._follow(follows, token, is_own=not draft.parents)
             places.append(follows)
         if isinstance(follows, Node) and self.cands.ends_main(follows):
             self.drafter_stopped = draft.last
@@ -173,25 +183,34 @@ class RequestState:
         self.outcomes.forget_before(end, was_lost=verdict.full)
         return outgoing + self.flush(is_answer=is_hit)
 
-    def begin_step(self, most: int) -> Step:
-        """Starts a forward over what the cache lacks and as many candidates as are of use, at most
-        `most`."""
-        main = self.cands.main
+    def num_usable(self, most: int) -> int:
+        """Candidates that the next forward verifies, if it verifies at most `most`."""
+        if self.is_prefill:
+            return 0
+        return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
+
+    def begin_step(
+        self, most: int, extras: Sequence[Twig | Branch] = (), *, takes_own: bool = True
+    ) -> Step:
+        """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
+        `most`, if takes_own and own tokens may follow; and over `extras`, the best of
+        `offers_beside`."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
-        if self.can_step:
-            num_candidates = 0 if self.is_prefill else min(len(main), self.room - 1, most)
-            start = min(self.kv_valid, len(self.seq) - 1)
-            ids = (*self.seq[start:], *main[:num_candidates])
-        tail: tuple[Feed, ...] = ()
-        if self.role.outcomes.num_ranked and not self.is_prefill:
-            self.outcomes.make_room(start + len(ids))
-            end = min(start + len(ids), len(self.seq))
-            tail = self.outcomes.feeds(self.acked, end, self._first_tail_row)
+        branches = [extra for extra in extras if isinstance(extra, Branch)]
+        cached = [branch for branch in branches if branch.position <= start]
+        twigs: list[Twig] = []
+        if self.can_step and (takes_own or not cached):
+            num_candidates = self.num_usable(most)
+            start = min(start, len(self.seq) - 1)
+            ids = (*self.seq[start:], *self.cands.main[:num_candidates])
+            twigs = [extra for extra in extras if isinstance(extra, Twig)]
+        tail, twigs, branches = place_feeds(self, twigs, branches if ids else cached)
         keep, self.keep = self.keep, ()
         self.step = Step(
-            self.request, start, ids, num_candidates, self.is_prefill, tail, keep, self.keep_start
-        )
+            self.request, start, ids, num_candidates, self.is_prefill, tuple(tail), tuple(twigs),
+            tuple(branches), keep, self.keep_start,
+        )  # fmt: skip
         self.intact = len(self.seq)
         self.waiting_until = None
         return self.step
@@ -201,13 +220,14 @@ class RequestState:
         first; then for the position after each of `step.tail`."""
         step = self.step
         assert step is not None and len(draws) == step.num_draws + len(step.tail)
-        self.step = None
-        for feed, ranked in zip(step.tail, draws[step.num_draws :]):
-            feed.branch.tokens.append(ranked[0])
-            feed.branch.ranked.append(ranked[1:])
+        self.step, self.num_main_accepted = None, 0
+        self.rows.free(feed.row for feed, _ in zip(step.tail, step.twigs))
+        for branch, ranked in zip(step.branches, draws[step.num_draws + len(step.twigs) :]):
+            branch.tokens.append(ranked[0])
+            branch.ranked.append(ranked[1:])
         if self.adopted is not None or not step.ids:
             return self._end_overtaken_step(step, start_s, end_s)
-        fed = step.ids[len(step.ids) - step.num_candidates :]  # the candidates, from step.base on
+        fed = step.ids[step.base_index :]
         if self.intact < step.base:
             valid = self.intact
         else:
@@ -217,28 +237,40 @@ class RequestState:
             self.counts.num_discarded_steps += 1
             self.counts.log_step(step, 0, 0, start_s, end_s)
             return []
-        first_new, num_accepted, accepted = len(self.seq), 0, True
-        while not self.is_ended and self.remaining > 0:
-            position = len(self.seq)
-            token, *others = draws[position - step.base]
-            self.outcomes.learn(position, others)
-            accepted = position < step.end and fed[position - step.base] == token
+        return self._take(step, draws, start_s, end_s)
+
+    def _take(
+        self, step: Step, draws: Sequence[Ranked], start_s: float, end_s: float
+    ) -> list[Outgoing]:
+        """Own tokens follow: the candidates that were drawn, and one more."""
+        first_new = len(self.seq)
+        verified = verify(step, draws, first_new - step.base)
+        if self.role.max_twigs and step.num_candidates:
+            is_rejected = first_new + verified.num_main < step.end
+            *accepted, token = (ranked[0] for ranked in verified.draws[: verified.num_main + 1])
+            rank = self.cands.rank(accepted, token) if is_rejected else None
+            self.candidate_stats.observe(verified.num_main, rank, corrected=is_rejected)
+        for token, *others in verified.draws:
+            if self.is_ended or self.remaining <= 0:
+                break
+            self.outcomes.learn(len(self.seq), others)
             self._push(token)
             if self.role.is_last:
                 self.finish_reason = self.check_finish(token)
-            num_accepted += accepted
-            if not accepted:
-                break
-        rejected = not accepted and len(self.seq) <= step.end
-        self.kv_valid = min(step.end, len(self.seq) - rejected)
         num_emitted = len(self.seq) - first_new
+        num_accepted = min(verified.num_main + len(verified.rows), num_emitted)
+        self.num_main_accepted = min(verified.num_main, num_accepted)
+        self.kv_valid = first_new + num_accepted
+        self.keep_start = first_new + self.num_main_accepted
+        self.keep = tuple(verified.rows[: num_accepted - self.num_main_accepted])
         self.counts.log_step(step, num_accepted, num_emitted, start_s, end_s)
         return self._send_up(first_new) + self.flush()
 
-    def flush(self, *, is_answer: bool = False) -> list[Outgoing]:
+    def flush(self, *, is_answer: bool = False, is_urgent: bool = False) -> list[Outgoing]:
         """Drafts not sent yet, within the bound on run-ahead, if at least a batch or the last.
 
-        is_answer: the next stage may wait to hear that nothing follows."""
+        is_answer: the next stage may wait to hear that nothing follows. is_urgent: no more will
+        come soon."""
         if self.role.is_last:
             return []
         end = min(len(self.seq), self.acked + self.role.run_ahead)
@@ -247,12 +279,12 @@ class RequestState:
         # Nobody may wait for a draft whose context is full, so it says so, with no tokens.
         has_news = num_unsent > 0 or (self.context_is_short and self.remaining <= 0)
         has_news |= is_answer and stops
-        if not has_news or (num_unsent < self.role.batch and not stops):
-            return self._branch_draft()
+        if not has_news or (num_unsent < self.role.batch and not (stops or is_urgent)):
+            return branch_draft(self)
         parent, tokens = self.hashes[self.sent], tuple(self.seq[self.sent : end])
         draft = Draft(self.request, parent, self.sent, tokens, stops)
         self.sent = end
-        return [(Link.DOWN, draft), *self._branch_draft()]
+        return [(Link.DOWN, draft), *branch_draft(self)]
 
     def full_verdict(self) -> list[Outgoing]:
         """Everything a stage above needs to take part from nothing; idempotent."""
@@ -272,7 +304,7 @@ class RequestState:
             return start if self.hashes[start] == prefix_hash else None
         return self.cands.find(prefix_hash)
 
-    def _follow(self, before: int | Node | None, token: int) -> int | Node | None:
+    def _follow(self, before: int | Node | None, token: int, *, is_own: bool) -> int | Node | None:
         """Where a drafted token is, given what it follows; None: nowhere (the verdict that says so
         is on its way already, or there is no room)."""
         if isinstance(before, int):
@@ -281,7 +313,7 @@ class RequestState:
             return before + 1 if before + 1 < len(self.seq) else self.cands.root
         if before is None:
             return None
-        node = self.cands.add(before, token)
+        node = self.cands.add(before, token, is_own=is_own)
         self.counts.num_overflows += node is None
         return node
 
@@ -289,13 +321,9 @@ class RequestState:
         self.seq.append(token)
         self.hashes.append(extend(self.hashes[-1], token))
 
-    @property
-    def _first_tail_row(self) -> int:
-        """Beyond every row that own tokens may reach before the next verdict."""
-        return self.acked + self.role.run_ahead + 1
-
     def _observe(self, num_same: int, first_new: int, rest: Sequence[int]) -> None:
         is_corrected = bool(rest) and first_new < len(self.seq)
+        self.counts.num_corrections += is_corrected
         rank = self.outcomes.rank(first_new, rest[0]) if is_corrected else None
         self.outcomes.stats.observe(num_same, rank, corrected=is_corrected)
 
@@ -325,33 +353,15 @@ class RequestState:
         num_emitted = 0
         if branch is not None:
             is_next = branch.position + len(branch.tokens) - 1 == len(self.seq)
-            is_fed = any(feed.branch is branch for feed in step.tail)
+            is_fed = branch in step.branches
             if is_fed and is_next and self.room > 0 and not self.is_ended:
                 self._push(branch.tokens[-1])
                 self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
                 num_emitted = 1
         self.counts.num_discarded_steps += bool(step.ids)
         self.counts.log_step(step, 0, num_emitted, start_s, end_s)
-        return (self._send_up(len(self.seq) - num_emitted) if num_emitted else []) + self.flush()
-
-    def _branch_draft(self) -> list[Outgoing]:
-        """Prepared continuations that the next stage does not have yet, as one tree."""
-        branches = self.outcomes.unsent(self.sent)
-        if not branches:
-            return []
-        end = max(branch.position for branch in branches)
-        tokens = list(self.seq[self.acked : end])
-        parents = list(range(-1, len(tokens) - 1))
-        for branch in branches:
-            parent = branch.position - self.acked - 1
-            for token in branch.tokens:
-                parents.append(parent)
-                parent = len(tokens)
-                tokens.append(token)
-            branch.num_sent = len(branch.tokens)
-        prefix_hash = self.hashes[self.acked]
-        draft = Draft(self.request, prefix_hash, self.acked, tuple(tokens), False, tuple(parents))
-        return [(Link.DOWN, draft)]
+        told = self._send_up(len(self.seq) - num_emitted) if num_emitted else []
+        return told + self.flush(is_urgent=True)
 
     def _push(self, token: int) -> None:
         """Own tokens grow by one: consume the candidate that says the same, or drop the branch."""

@@ -24,7 +24,15 @@ from pipespec.messages import (
     Submit,
     Verdict,
 )  # fmt: skip
-from pipespec.policy import Policy, Situation, StepResult
+from pipespec.policy import (
+    MAX_URGENT,
+    Offer,
+    Policy,
+    Situation,
+    StepResult,
+    expected_tokens,
+)
+from pipespec.state.beside import offers_beside
 from pipespec.state.counts import Counts
 from pipespec.state.finish import Decode, FinishChecker
 from pipespec.state.links import Arrival, Links
@@ -98,7 +106,7 @@ class StageState:
             if ready_at_s is not None and ready_at_s <= now_s:
                 self._turn += offset + 1
                 self._in_flight = request
-                return Decision(request.begin_step(self.policy.use(len(request.cands.main))))
+                return Decision(self._begin_step(request))
             if ready_at_s is not None:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
@@ -117,7 +125,9 @@ class StageState:
             StepResult(
                 query_length=len(step.ids) + len(step.tail),
                 num_offered=step.num_candidates,
+                num_accepted=request.num_main_accepted,
                 num_emitted=len(request.seq) - length,
+                num_left=len(request.cands.main),
                 is_prefill=step.is_prefill,
                 seconds=end_s - start_s,
                 end_s=end_s,
@@ -184,10 +194,10 @@ class StageState:
         if request is None:
             self.num_unknown += 1
             return [(Link.UP, Finish(draft.request))] if draft.request in self._gone else []
-        is_usable = request.on_draft(draft)
-        if is_usable:  # stale ones alone may mean that a lost frame left the two apart
+        num_before = len(request.cands.main)
+        if request.on_draft(draft):  # stale ones alone may mean that a lost frame parted the two
             self._last_draft_s[draft.request] = now_s
-        num_tokens = len(draft.tokens) if is_usable else 0
+        num_tokens = max(0, len(request.cands.main) - num_before)
         self.policy.on_draft(num_tokens, request.drafter_stopped, now_s)
         return []
 
@@ -220,6 +230,27 @@ class StageState:
         return outgoing
 
     # -- parts ------------------------------------------------------------------------------
+
+    def _begin_step(self, request: RequestState) -> Step:
+        most = self.policy.use(len(request.cands.main))
+        extras = offers_beside(request, most)
+        if not extras:
+            return request.begin_step(most)
+        own_length, own_value, next_may_wait = 0, 0.0, False
+        if request.can_step:
+            num_candidates = request.num_usable(most)
+            own_length = max(1, len(request.seq) - request.kv_valid) + num_candidates
+            own_value = expected_tokens(request.candidate_stats.agreement, num_candidates)
+            if not self.role.is_last:
+                # The next stage accepts a token if it has accepted all that it has not seen yet.
+                num_unseen = len(request.seq) - request.acked
+                agreement = request.outcomes.stats.agreement
+                own_value *= agreement ** (num_unseen + 1)
+                next_may_wait = num_unseen < min(MAX_URGENT, 1.0 / (1.0 - agreement))
+        values = tuple(extra.value for extra in extras)
+        offer = Offer(own_length, own_value, values, self.role.is_first, next_may_wait)
+        takes_own, num_extras = self.policy.feed(offer)
+        return request.begin_step(most, extras[:num_extras], takes_own=takes_own)
 
     def _ready_at(self, request: RequestState, now_s: float) -> float | None:
         """When `request` may step: now, later (the wait for candidates ends), or None (not before

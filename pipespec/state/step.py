@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipespec.state.outcomes import Budget, Feed
+from pipespec.config import Schedule
+from pipespec.state.candidates import Twig
+from pipespec.state.outcomes import Branch, Budget
+from pipespec.state.tail import Feed
 
 
 @dataclass(slots=True)
@@ -17,7 +20,7 @@ class Role:
     context_length: positions that the stage's own model can hold; a draft whose context is full
     stops drafting, the target's was checked before the request was submitted. outcomes: what it may
     spend on verdicts that may come. max_branch_tokens: the most that the stage before it may
-    prepare for its verdicts.
+    prepare for its verdicts. max_twigs: candidates that it may verify beside the main path.
     """
 
     index: int
@@ -28,6 +31,27 @@ class Role:
     context_length: int = 1 << 40
     outcomes: Budget = Budget()
     max_branch_tokens: int = 0
+    max_twigs: int = 0
+
+    @classmethod
+    def of(
+        cls, schedule: Schedule, index: int, num_stages: int, context_length: int, tail_rows: int
+    ) -> Role:
+        """Of a stage of async-chain. tail_rows: cache rows beyond its context that its runner has
+        for branches."""
+        ahead, budget = schedule.run_ahead, Budget(schedule.outcomes)
+        # Rows in use may lie apart, and the own text comes before them.
+        can_branch = tail_rows > ahead + budget.length + 2 * (budget.num_rows + schedule.tree)
+        return cls(
+            index,
+            num_stages,
+            run_ahead=ahead,
+            max_candidates=ahead,
+            context_length=context_length,
+            outcomes=budget if can_branch and index < num_stages - 1 else Budget(),
+            max_branch_tokens=budget.most_tokens(ahead) if index > 0 else 0,
+            max_twigs=schedule.tree if can_branch and index > 0 else 0,
+        )
 
     @property
     def is_first(self) -> bool:
@@ -43,8 +67,9 @@ class Step:
     """One forward to run: feed `ids` at position `start`, take the draws after the last
     `num_candidates + 1` of them. `base` is the position that the first draw is for.
 
-    tail: branch tokens to feed as well, with a draw after each. keep: before that, cache rows to
-    copy to `keep_start` and after: a branch that became the own sequence.
+    tail: tokens to feed as well, with a draw after each: candidates beside the main path (`twigs`),
+    then the next token of each of `branches`. keep: before that, cache rows to copy to `keep_start`
+    and after: what was fed as a tail and became the own sequence.
     """
 
     request: int
@@ -53,6 +78,8 @@ class Step:
     num_candidates: int
     is_prefill: bool = False
     tail: tuple[Feed, ...] = ()
+    twigs: tuple[Twig, ...] = ()
+    branches: tuple[Branch, ...] = ()
     keep: tuple[int, ...] = ()
     keep_start: int = 0
 
@@ -62,8 +89,13 @@ class Step:
         return self.num_candidates + 1 if self.ids else 0
 
     @property
+    def base_index(self) -> int:
+        """Where the candidates begin in `ids`."""
+        return len(self.ids) - self.num_candidates
+
+    @property
     def base(self) -> int:
-        return self.start + len(self.ids) - self.num_candidates
+        return self.start + self.base_index
 
     @property
     def end(self) -> int:
