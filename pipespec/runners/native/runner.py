@@ -27,7 +27,7 @@ from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
 from pipespec.runners.rows import check_row, check_tree, chunks
 
-TAIL_ROWS: Final = 128  # of each slot, beyond its context, for branches
+TAIL_ROWS: Final = 192  # of each slot, beyond its context, for branches
 _MAX_HEAD_DIM: Final = 512  # step.cpp
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
