@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +33,6 @@ from pipespec.commands.plan_tables import (
     allocation_table,
     answer_lines,
     describe,
-    flags_of,
     legend,
     loss_line,
     outcome_table,
@@ -121,14 +121,7 @@ def make_parser() -> Parser:
     )
     group = parser.add_argument_group("processes")
     add_process_arguments(group, DEFAULT_READY_TIMEOUT_S)
-    schedule = Schedule()
-    parser.set_defaults(
-        strategy="all",
-        policy=schedule.policy,
-        lookahead=schedule.lookahead,
-        run_ahead=schedule.run_ahead,
-        outcomes=schedule.outcomes,
-    )
+    parser.set_defaults(strategy="all", **asdict(Schedule()))  # read_settings wants them
     return parser
 
 
@@ -254,7 +247,8 @@ def _show_command(
         display.line("--write FILE writes the models config that it needs")
         return
     words = ["python", "-m", "pipespec.benchmark", "--models-config-path", str(path)]
-    words += ["--strategy", best.choice.strategy, *flags_of(best.choice)]
+    words += ["--strategy", best.choice.strategy]
+    words += [word for name, value in best.choice.flags.items() for word in (f"--{name}", value)]
     words += _text_flags(options, settings)
     display.line(shlex.join(words))
 

@@ -91,7 +91,8 @@ def test_tiny_models_are_measured_planned_written_and_run(
     measured = json.loads(profile.read_text())
     (greedy,) = (tmp_path / "runs").glob("greedy_*.json")
     outputs = [result["output_ids"] for result in load_results(greedy).results]
-    assert [text["tokens"] for text in measured["texts"]] == outputs
+    texts = [measured["parts"][f"text/{number}"] for number in range(len(outputs))]
+    assert [text["tokens"] for text in texts] == outputs
     # What was written is a config, and the command that was printed is one that can be given.
     names = [model.name for model in load_models_config(config)]
     assert names[-1] == "target"
@@ -129,7 +130,7 @@ def emulated_choice(
     hierarchy = open_hierarchy(models)
     prompt = tuple(hierarchy.tokenizer.encode(PROMPTS[0]))
     submit = Submit(0, prompt, (), SamplingParams(), num_tokens, (), ())
-    system = emulated_system(models, [0] * len(models), [submit], hierarchy.vocab_size)
+    system = emulated_system(models, [submit], hierarchy.vocab_size)
     prediction = system.predict(choice)
     params = GenerationParams(max_new_tokens=num_tokens)
     made = ChainSpeculativeDecoder if choice.strategy == "chain" else AsyncChainSpeculativeDecoder

@@ -61,14 +61,17 @@ class Runs:
         summary = summarise(results)
         assert summary.tokens_per_s is not None
         predicted = {cost: self.system.predict(choice, cost=cost) for cost in Cost}
-        blocks = summary.block_efficiency
+        real = predicted[Cost.REAL]
+        is_alone = choice.strategy == "greedy"
         return Outcome(
             choice=choice,
             path=path,
             measured=summary.tokens_per_s,
-            predicted=predicted[Cost.REAL].tokens_per_s,
+            predicted=real.tokens_per_s,
             ideal=predicted[Cost.IDEAL].tokens_per_s,
             shared=predicted[Cost.SHARED].tokens_per_s,
-            measured_block=blocks[-1] if blocks else None,
-            predicted_block=predicted[Cost.REAL].block_efficiency if blocks else None,
+            measured_block=None if is_alone else summary.block_efficiency[-1],
+            predicted_block=None if is_alone else real.block_efficiency,
+            measured_hits=None if is_alone else summary.outcome_hit_rate[-1],
+            predicted_hits=real.outcome_hit_rate,
         )

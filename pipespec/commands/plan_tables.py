@@ -9,7 +9,6 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from pipespec.config import Schedule
 from pipespec.planning.devices import Allocation, Answer
 from pipespec.planning.search import Plan, Ranking, Useless
 from pipespec.planning.system import Choice, System
@@ -30,6 +29,8 @@ class Outcome:
     shared: float
     measured_block: float | None
     predicted_block: float | None
+    measured_hits: float | None
+    predicted_hits: float | None
 
     @property
     def efficiency(self) -> float:
@@ -117,7 +118,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     table.add_column("stages", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     headers = ("measured\ntokens/s", "predicted\ntokens/s", "off by", "ideal\ntokens/s")
-    for header in (*headers, "pipeline\nefficiency", "block\n(predicted)"):
+    for header in (*headers, "pipeline\neffic.", "block effic.\n(predicted)"):
         table.add_column(header, justify="right", no_wrap=True)
     for item in outcomes:
         table.add_row(
@@ -134,7 +135,8 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def loss_line(item: Outcome) -> str:
-    """Where a run's time goes that the ideal does not take, in parts of the run's time."""
+    """Where a run's time goes that the ideal does not take, in parts of the run's time; and how
+    often a draft had prepared for what the target drew instead."""
     total = 1.0 / item.measured
     shared, between = 1.0 / item.shared - 1.0 / item.ideal, 1.0 / item.predicted - 1.0 / item.shared
     rest = total - 1.0 / item.predicted
@@ -144,7 +146,11 @@ def loss_line(item: Outcome) -> str:
         ("not foreseen", rest),
     )
     told = ", ".join(f"{name} {part / total:.1%}" for name, part in parts)
-    return f"time of {item.choice.strategy} beyond the ideal: {told}"
+    hits = ""
+    if item.choice.schedule.outcomes:
+        measured, predicted = _number(item.measured_hits), _number(item.predicted_hits)
+        hits = f"; outcome hit rate {measured}, predicted {predicted}"
+    return f"time of {item.choice.strategy} beyond the ideal: {told}{hits}"
 
 
 def stages_text(choice: Choice) -> str:
@@ -153,23 +159,7 @@ def stages_text(choice: Choice) -> str:
 
 def flags_text(choice: Choice) -> str:
     """The flags that are not at their defaults, for a person."""
-    schedule, default, parts = choice.schedule, Schedule(), []
-    if schedule.policy != default.policy:
-        parts.append(f"policy {schedule.policy}")
-    if schedule.lookahead is not None:
-        parts.append(f"lookahead {schedule.lookahead}")
-    if schedule.run_ahead != default.run_ahead:
-        parts.append(f"run-ahead {schedule.run_ahead}")
-    if schedule.outcomes != default.outcomes:
-        parts.append(f"outcomes {schedule.outcomes}")
-    return ", ".join(parts)
-
-
-def flags_of(choice: Choice) -> list[str]:
-    """The same for a command line."""
-    text = flags_text(choice)
-    words = [word for part in text.split(", ") if part for word in part.split()]
-    return [f"--{word}" if place % 2 == 0 else word for place, word in enumerate(words)]
+    return ", ".join(f"{name} {value}" for name, value in choice.flags.items())
 
 
 def describe(plan: Plan, system: System) -> str:

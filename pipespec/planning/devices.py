@@ -77,16 +77,7 @@ def allocations(
     on_allocation: Callable[[Allocation], None],
 ) -> list[Allocation]:
     """The best plan for each number of the target's devices and each set of drafts that fit into
-    `num_devices` together; fastest first. on_allocation: told of each as it is found.
-
-    Raises:
-        UsageError: no table is for so few devices.
-    """
-    if min(tables) > num_devices:
-        raise UsageError(
-            f"--num-devices is {num_devices}; the target needs {min(tables)} or more by "
-            "--target-step-ms"
-        )
+    `num_devices` together; fastest first. on_allocation: told of each as it is found."""
     found = []
     for count, times in tables.items():
         spread = system.with_target_times(times, count)

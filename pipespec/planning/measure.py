@@ -6,27 +6,30 @@ already is not measured again, and it is handed out after each part, to be kept.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from statistics import median
 from typing import Any, Final
 
-from pipespec.config import GenerationParams
+from pipespec.config import GenerationParams, SamplingParams
 from pipespec.decoding import Hierarchy
+from pipespec.messages import Submit
+from pipespec.planning.measured import draws_of, plan_model, texts_of
+from pipespec.planning.meter import LONGEST
 from pipespec.planning.meters import MeterProcess, Meters
 from pipespec.planning.overheads import measure_overheads
-from pipespec.planning.profile import NUM_RANKED, MeasuredModel, Profile
-from pipespec.planning.times import MeasuredTimes, Points
-from pipespec.planning.trace import Branch, Draws, Ranked, Text, agreement, target_draws
+from pipespec.planning.profile import Profile
+from pipespec.planning.search import MOST_OUTCOMES
+from pipespec.planning.trace import agreement, target_draws
+from pipespec.runners.base import Row, TailToken, TreeRow
 from pipespec.worker_spec import StageSpec
 
-LENGTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 33)  # up to the longest run-ahead, and one
-TREE_LENGTHS: Final = (1, 2, 4, 8, 12)
-BRANCH_LENGTH: Final = 6
-MOST_BRANCHES: Final = 200  # of a model; the agreement stands for the others
+LENGTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, LONGEST)
+BRANCHING_LENGTHS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+NUM_RANKED: Final = 1 + MOST_OUTCOMES
+_TAIL_GAP: Final = 64  # cache rows between a text and its branches
 _TABLE_S: Final = 0.6  # for each table of step times
 _TOGETHER_S: Final = 0.25
 _ROUNDS: Final = 3  # of two models alone and beside each other
@@ -39,38 +42,50 @@ Keep = Callable[[Profile], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be measured. prompts: index in the data set, token ids."""
+    """What is to be measured. prompts: token ids."""
 
     hierarchy: Hierarchy
-    prompts: tuple[tuple[int, tuple[int, ...]], ...]
+    prompts: tuple[tuple[int, ...], ...]
     generation: GenerationParams
     transport: str
     ready_timeout_s: float
 
-    @property
-    def num_models(self) -> int:
-        return len(self.hierarchy.models)
+    def part_names(self) -> list[str]:
+        """All that a complete profile has, in the order in which it is measured."""
+        count = len(self.hierarchy.models)
+        return [
+            *(f"model/{index}" for index in range(count)),
+            *(f"chain/{index}" for index in range(count) if self.runs_elsewhere_in_chain(index)),
+            *(f"text/{number}" for number in range(len(self.prompts))),
+            *(f"draws/{index}" for index in range(count - 1)),
+            *(f"beside/{one}/{other}" for one, other in combinations(range(count), 2)),
+            "overheads",
+        ]
 
-    @property
-    def longest_prompt(self) -> tuple[int, ...]:
-        return max((ids for _, ids in self.prompts), key=len)
+    def runs_elsewhere_in_chain(self, index: int) -> bool:
+        """On the CPU, `chain` has all models on the target's cores; as many cores as the stage's
+        own are as good as its own."""
+        own, target = self.hierarchy.placements[index], self.hierarchy.placements[-1]
+        if own.device != "cpu" or target.device != "cpu":
+            return False
+        return (len(own.cores), own.threads) != (len(target.cores), target.threads)
+
+    def some_text(self, length: int) -> list[int]:
+        """Some text of so many tokens."""
+        ids = max(self.prompts, key=len)
+        return [ids[n % len(ids)] for n in range(length)]
 
     def contexts(self) -> list[int]:
         """Text lengths at which step times are taken: the shortest prompt, the longest text, and
         between them."""
-        lengths = [len(ids) for _, ids in self.prompts]
-        low, high = min(lengths), max(lengths) + self.generation.max_new_tokens
-        high = max(low, min(high, self.hierarchy.context_length))
+        lengths = [len(ids) for ids in self.prompts]
+        low = min(lengths)
+        high = min(max(lengths) + self.generation.max_new_tokens, self.hierarchy.context_length)
         found = [low]
         for length in ((low + high) // 2, high):
             if length > _NEAR * found[-1]:
                 found.append(length)
         return found
-
-    def prefill_lengths(self) -> list[int]:
-        """The shortest, the median and the longest prompt."""
-        lengths = sorted(len(ids) for _, ids in self.prompts)
-        return sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
 
 
 def measure(job: Job, profile: Profile, keep: Keep, on_part: OnPart) -> None:
@@ -82,100 +97,57 @@ def measure(job: Job, profile: Profile, keep: Keep, on_part: OnPart) -> None:
         UsageError: a model that cannot be loaded.
         StageError: a process failed or did not answer.
     """
-    work = _Measurement(job, profile, keep, on_part)
-    if work.needs_models:
-        with Meters() as meters:
-            work.with_models(meters)
-    if profile.overheads is None:
-        with work.part():
-            work.measure_overheads()
-
-
-def num_parts(job: Job, profile: Profile) -> int:
-    """How often `on_part` will be called."""
-    num_models, num_texts = job.num_models, len(job.prompts)
-    missing_models = num_models - len(profile.models)
-    missing_draws = sum(index not in profile.draws for index in range(num_models - 1))
-    pairs = num_models * (num_models - 1) // 2 - len(profile.slow_downs) // 2
-    missing = missing_models + (num_texts - len(profile.texts)) + missing_draws + pairs
-    return missing + _num_overhead_parts(profile)
-
-
-def _num_overhead_parts(profile: Profile) -> int:
-    return 4 if profile.overheads is None else 0
+    with Meters() as meters:
+        work = _Measurement(job, profile.parts, meters)
+        for name in job.part_names():
+            if name not in profile.parts:
+                start_s = time.monotonic()
+                profile.parts[name] = work.part(name)
+                profile.measuring_s += time.monotonic() - start_s
+                keep(profile)
+                on_part(name)
 
 
 class _Measurement:
-    """One call of `measure`."""
+    """One call of `measure`; its methods return plain JSON values, the parts of a profile."""
 
-    def __init__(self, job: Job, profile: Profile, keep: Keep, on_part: OnPart) -> None:
+    def __init__(self, job: Job, parts: dict[str, Any], meters: Meters) -> None:
         self._job = job
-        self._profile = profile
-        self._keep = keep
-        self._on_part = on_part
-        self._sampling = list(astuple(job.generation.sampling))
+        self._parts = parts
+        self._meters = meters
+        self._loaded: list[tuple[MeterProcess, dict[str, Any]]] = []
 
-    @property
-    def needs_models(self) -> bool:
-        """Whether more than the overheads is missing."""
-        return num_parts(self._job, self._profile) > _num_overhead_parts(self._profile)
+    def part(self, name: str) -> Any:
+        """Measures one of `Job.part_names`."""
+        kind, *numbers = name.split("/")
+        parts: dict[str, Callable[..., Any]] = {
+            "model": self._model,
+            "chain": self._chain_times,
+            "text": self._text,
+            "draws": self._draws,
+            "beside": self._beside,
+            "overheads": self._overheads,
+        }
+        return parts[kind](*map(int, numbers))
 
-    @contextlib.contextmanager
-    def part(self) -> Iterator[None]:
-        """Something that is kept once it is done."""
-        start_s = time.monotonic()
-        yield
-        self._profile.measuring_s += time.monotonic() - start_s
-        self._keep(self._profile)
+    # -- processes --------------------------------------------------------------------------
 
-    def with_models(self, meters: Meters) -> None:
-        loaded = [meters.start(self._stage(index)) for index in range(self._job.num_models)]
-        infos = self._load(loaded)  # all at once, as a run does
-        for index, (process, info) in enumerate(zip(loaded, infos)):
-            if index not in self._profile.models:
-                with self.part():
-                    self._measure_model(meters, index, process, info)
-        for number in range(len(self._profile.texts), len(self._job.prompts)):
-            with self.part():
-                self._write_text(loaded[-1], number)
-        # Larger ones first: their branches are what smaller ones are asked about.
-        for index in reversed(range(self._job.num_models - 1)):
-            if index not in self._profile.draws:
-                with self.part():
-                    self._measure_draws(loaded[index], index)
-        for one, other in combinations(range(self._job.num_models), 2):
-            if (one, other) not in self._profile.slow_downs:
-                with self.part():
-                    self._measure_together(loaded, one, other)
+    def _models(self) -> list[tuple[MeterProcess, dict[str, Any]]]:
+        """All models and their runners' facts, loaded when the first is asked for, at once, as a
+        run does."""
+        if not self._loaded:
+            indexes = range(len(self._job.hierarchy.models))
+            self._loaded = self._load([self._stage(index) for index in indexes])
+        return self._loaded
 
-    def measure_overheads(self) -> None:
-        job, profile = self._job, self._profile
-        middle = job.contexts()[len(job.contexts()) // 2]
-        target = target_draws(profile.texts)
-        profile.overheads = measure_overheads(
-            job.hierarchy,
-            [
-                1e3 * profile.models[index].times.forward_s(1, middle)
-                for index in range(job.num_models)
-            ],
-            [agreement(profile.draws[index], target) for index in range(job.num_models - 1)],
-            job.prompts[0][1],
-            transport=job.transport,
-            ready_timeout_s=job.ready_timeout_s,
-            on_part=self._on_part,
-        )
-
-    # -- parts ------------------------------------------------------------------------------
-
-    def _load(self, processes: Sequence[MeterProcess]) -> list[dict[str, Any]]:
+    def _load(self, stages: Sequence[StageSpec]) -> list[tuple[MeterProcess, dict[str, Any]]]:
+        hierarchy, processes = self._job.hierarchy, [self._meters.start(x) for x in stages]
         for process in processes:
             process.load(
-                vocab_size=self._job.hierarchy.vocab_size,
-                context_length=self._job.hierarchy.context_length + max(LENGTHS),
-                num_ranked=NUM_RANKED,
-                longest=max(LENGTHS),
+                vocab_size=hierarchy.vocab_size,
+                context_length=hierarchy.context_length + LONGEST,
             )
-        return [process.receive(self._job.ready_timeout_s) for process in processes]
+        return [(process, process.receive(self._job.ready_timeout_s)) for process in processes]
 
     def _stage(self, index: int) -> StageSpec:
         hierarchy = self._job.hierarchy
@@ -187,181 +159,117 @@ class _Measurement:
             None if tokenizer_folder is None else str(tokenizer_folder),
         )
 
-    def _measure_model(
-        self, meters: Meters, index: int, process: MeterProcess, info: dict[str, Any]
-    ) -> None:
-        is_target = index == self._job.num_models - 1
-        times = self._times(process, info, with_trees=not is_target)
-        chain_times = None
-        if self._runs_elsewhere_in_chain(index):
-            there = self._job.hierarchy.placements[-1]
-            other = meters.start(replace(self._stage(index), placement=there))
-            try:
-                (other_info,) = self._load([other])
-                chain_times = self._times(other, other_info, with_trees=False)
-            finally:
-                other.close()
-        self._profile.models[index] = MeasuredModel(
-            name=self._job.hierarchy.models[index].name,
-            runner=info["runner"],
-            device=info["device"],
-            num_parameters=info["num_parameters"],
-            context_length=info["context_length"],
-            num_tail_rows=info["num_tail_rows"],
-            load_s=info["load_s"],
-            times=times,
-            chain_times=chain_times,
-        )
-        self._on_part(f"step times of {self._job.hierarchy.models[index].name}")
+    # -- parts ------------------------------------------------------------------------------
 
-    def _runs_elsewhere_in_chain(self, index: int) -> bool:
-        """On the CPU, `chain` has all models on the target's cores; as many cores as the stage's
-        own are as good as its own."""
-        own, target = self._job.hierarchy.placements[index], self._job.hierarchy.placements[-1]
-        if own.device != "cpu" or target.device != "cpu":
-            return False
-        return (len(own.cores), own.threads) != (len(target.cores), target.threads)
+    def _model(self, index: int) -> dict[str, Any]:
+        process, info = self._models()[index]
+        return {**info, **self._times(process, info)}
 
-    def _times(
-        self, process: MeterProcess, info: dict[str, Any], *, with_trees: bool
-    ) -> MeasuredTimes:
-        most = int(info["context_length"])
-        contexts = sorted({min(at, most - max(LENGTHS)) for at in self._job.contexts()})
-        contexts = [at for at in contexts if at > 0] or [1]
+    def _chain_times(self, index: int) -> dict[str, Any]:
+        there = self._job.hierarchy.placements[-1]
+        ((process, info),) = self._load([replace(self._stage(index), placement=there)])
+        times = self._times(process, info)
+        process.hang_up()
+        return times
 
-        def table(what: str, lengths: Sequence[int]) -> tuple[tuple[int, Points], ...]:
-            rows = []
-            for at in contexts:
-                fitting = [n for n in lengths if at + n <= most]
-                ids = self._text_of(at)
-                points = process.ask(what, ids=ids, lengths=fitting, budget_s=_TABLE_S)
-                rows.append((at, _points(points)))
-            return tuple(rows)
+    def _times(self, process: MeterProcess, info: dict[str, Any]) -> dict[str, Any]:
+        """Tables of milliseconds: of decode steps and of those with branches by context and number
+        of rows, of prompts by length."""
+        job, most = self._job, int(info["context_length"])
+        can_branch = info["num_tail_rows"] >= _TAIL_GAP + max(BRANCHING_LENGTHS)
+        decode, branching = [], []
+        for at in sorted({max(1, min(at, most - LONGEST)) for at in job.contexts()}):
+            ids = job.some_text(at)
+            rows = {n: self._row(at, n, n) for n in LENGTHS if at + n <= most}
+            decode.append((at, _table(process, ids, rows)))
+            if can_branch:
+                trees = {n: self._tree(at, n) for n in BRANCHING_LENGTHS}
+                branching.append((at, _table(process, ids, trees)))
+        lengths = sorted(min(len(ids), most) for ids in job.prompts)
+        lengths = [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
+        prefill = _table(process, (), {n: self._row(0, n, 1) for n in lengths})
+        return {"decode": decode, "branching": branching, "prefill": prefill}
 
-        lengths = [n for n in self._job.prefill_lengths() if n <= most]
-        prefill = process.ask(
-            "prefill_ms", ids=self._text_of(max(lengths, default=1)), lengths=lengths or [1],
-            budget_s=_TABLE_S,
-        )  # fmt: skip
-        trees = table("tree_ms", TREE_LENGTHS) if with_trees and info["num_tail_rows"] else ()
-        return MeasuredTimes(
-            decode=table("decode_ms", LENGTHS),
-            prefill=_points(prefill),
-            trees=() if any(not points for _, points in trees) else trees,
-        )
+    def _row(self, start: int, length: int, num_draws: int) -> Row:
+        return Row(0, start, self._job.some_text(length), num_draws, SamplingParams())
 
-    def _text_of(self, length: int) -> list[int]:
-        """Some text of so many tokens."""
-        ids = self._job.longest_prompt
-        return [ids[n % len(ids)] for n in range(length)]
-
-    def _write_text(self, target: MeterProcess, number: int) -> None:
-        job, (index, prompt) = self._job, self._job.prompts[number]
-        room = job.hierarchy.context_length + 1 - len(prompt)
-        limit = min(job.generation.max_new_tokens, room)
-        tokens = target.ask(
-            "write",
-            prompt=prompt,
-            sampling=self._sampling,
-            limits=[limit, job.hierarchy.eos, job.generation.stop],
-        )
-        self._profile.texts.append(Text(index, prompt, tuple(tokens)))
-        self._on_part(f"the target's text {number + 1} of {len(job.prompts)}")
-
-    def _measure_draws(self, process: MeterProcess, index: int) -> None:
-        profile, texts = self._profile, self._profile.texts
-        on_texts = tuple(
-            _ranked(process.ask("draws", prompt=x.prompt, tokens=x.tokens, sampling=self._sampling))
-            for x in texts
-        )
-        above = self._follow(process, profile.branches_above(index))
-        own: tuple[tuple[Ranked, ...], ...] = ()
-        if index > 0:
-            profile.branches[index], own = self._leave(process, on_texts)
-        profile.draws[index] = Draws(on_texts, (*above, *own))
-        self._on_part(f"what {self._job.hierarchy.models[index].name} draws")
-
-    def _leave(
-        self, process: MeterProcess, on_texts: tuple[tuple[Ranked, ...], ...]
-    ) -> tuple[list[Branch], tuple[tuple[Ranked, ...], ...]]:
-        """What a middle model writes where it differs from the target, at evenly spaced ones of
-        those places, and its choices there."""
-        places = [
-            (number, offset)
-            for number, (text, ranked) in enumerate(zip(self._profile.texts, on_texts))
-            for offset, (token, own) in enumerate(zip(text.tokens, ranked))
-            if own[0] != token
+    def _tree(self, start: int, length: int) -> TreeRow:
+        """One token of the text and the others as its possible successors."""
+        tail = [
+            TailToken(token, start + 1, start + _TAIL_GAP + number, start)
+            for number, token in enumerate(self._job.some_text(length - 1))
         ]
-        count = min(len(places), MOST_BRANCHES)
-        chosen = [places[n * len(places) // count] for n in range(count)]
-        branches, draws = [], []
-        for number, text in enumerate(self._profile.texts):
-            offsets = [offset for at, offset in chosen if at == number]
-            if not offsets:
-                continue
-            found = process.ask(
-                "branches",
+        return TreeRow(self._row(start, 1, 1), tail, num_ranked=NUM_RANKED)
+
+    def _text(self, number: int) -> dict[str, Any]:
+        """What the target writes after a prompt."""
+        hierarchy, generation = self._job.hierarchy, self._job.generation
+        prompt = self._job.prompts[number]
+        limit = min(generation.max_new_tokens, hierarchy.context_length + 1 - len(prompt))
+        submit = Submit(0, prompt, (), generation.sampling, limit, hierarchy.eos, generation.stop)
+        process, _ = self._models()[-1]
+        return {"prompt": prompt, "tokens": process.ask("write", submit=submit)}
+
+    def _draws(self, index: int) -> list[Any]:
+        """A draft's first choices at every position of the target's texts: whether it is right, and
+        where it is not, on which rank the right token stands."""
+        process, _ = self._models()[index]
+        return [
+            process.ask(
+                "draws",
                 prompt=text.prompt,
                 tokens=text.tokens,
-                offsets=offsets,
-                length=BRANCH_LENGTH,
-                sampling=self._sampling,
+                sampling=self._job.generation.sampling,
+                num_ranked=NUM_RANKED,
             )
-            for offset, (tokens, ranked) in zip(sorted(offsets, reverse=True), found):
-                branches.append(Branch(number, offset, tuple(tokens)))
-                draws.append(_ranked(ranked))
-        return branches, tuple(draws)
+            for text in texts_of(self._parts)
+        ]
 
-    def _follow(
-        self, process: MeterProcess, branches: Sequence[Branch]
-    ) -> tuple[tuple[Ranked, ...], ...]:
-        """Choices along the branches of larger models, in their order."""
-        found: list[tuple[Ranked, ...]] = [()] * len(branches)
-        for number, text in enumerate(self._profile.texts):
-            wanted = [at for at, branch in enumerate(branches) if branch.text == number]
-            if wanted:
-                answer = process.ask(
-                    "follow",
-                    prompt=text.prompt,
-                    tokens=text.tokens,
-                    branches=[[branches[at].offset, branches[at].tokens] for at in wanted],
-                    sampling=self._sampling,
-                )
-                for at, ranked in zip(wanted, answer):
-                    found[at] = _ranked(ranked)
-        return tuple(found)
-
-    def _measure_together(self, loaded: Sequence[MeterProcess], one: int, other: int) -> None:
-        """How much longer forwards of two models take while the other one computes too."""
-        pair = (one, other)
+    def _beside(self, *pair: int) -> list[float]:
+        """How many times as long forwards of two models take while the other one computes."""
         middle = self._job.contexts()[len(self._job.contexts()) // 2]
-        questions: dict[int, dict[str, Any]] = {}
+        processes = [self._models()[index][0] for index in pair]
+        questions: list[dict[str, Any]] = []
         for index in pair:
-            room = self._profile.models[index].context_length - _VERIFIED
-            questions[index] = {
-                "ids": self._text_of(max(1, min(middle, room))),
-                "length": 1 if index == 0 else _VERIFIED,
-                "seconds": _TOGETHER_S,
-            }
-        alone: dict[int, list[float]] = {one: [], other: []}
-        beside: dict[int, list[float]] = {one: [], other: []}
+            room = self._parts[f"model/{index}"]["context_length"] - _VERIFIED
+            at, length = max(1, min(middle, room)), 1 if index == 0 else _VERIFIED
+            forward, ids = self._row(at, length, length), self._job.some_text(at)
+            questions.append({"ids": ids, "forward": forward, "seconds": _TOGETHER_S})
+        alone: list[list[float]] = []
+        beside: list[list[float]] = []
         for _ in range(_ROUNDS):
-            for index in pair:
-                alone[index].append(loaded[index].ask("steps_ms", **questions[index]))
-            for index in pair:
-                loaded[index].send("steps_ms", **questions[index])
-            for index in pair:
-                beside[index].append(loaded[index].receive())
-        for index, neighbour in (pair, pair[::-1]):
-            slow_down = max(1.0, median(beside[index]) / median(alone[index]))
-            self._profile.slow_downs[index, neighbour] = round(slow_down, 4)
-        names = [self._job.hierarchy.models[index].name for index in pair]
-        self._on_part(f"{names[0]} beside {names[1]}")
+            asked = list(zip(processes, questions))
+            alone.append([process.ask("mean_ms", **question) for process, question in asked])
+            for process, question in asked:
+                process.send("mean_ms", **question)
+            beside.append([process.receive() for process in processes])
+        return [
+            round(max(1.0, median(slow) / median(fast)), 4)
+            for slow, fast in zip(zip(*beside), zip(*alone))
+        ]
+
+    def _overheads(self) -> dict[str, float]:
+        job, parts = self._job, self._parts
+        middle, models = job.contexts()[len(job.contexts()) // 2], job.hierarchy.models
+        target = target_draws(texts_of(parts))
+        found = measure_overheads(
+            job.hierarchy,
+            [
+                1e3 * plan_model(parts, index, model).times.forward_s(1, middle)
+                for index, model in enumerate(models)
+            ],
+            [agreement(draws_of(parts, index), target) for index in range(len(models) - 1)],
+            job.prompts[0],
+            transport=job.transport,
+            ready_timeout_s=job.ready_timeout_s,
+        )
+        return asdict(found)
 
 
-def _points(pairs: Sequence[Sequence[float]]) -> Points:
-    return tuple((int(count), round(float(ms), 5)) for count, ms in pairs)
-
-
-def _ranked(items: Sequence[Sequence[int]]) -> tuple[Ranked, ...]:
-    return tuple(tuple(item) for item in items)
+def _table(
+    process: MeterProcess, ids: Sequence[int], forwards: Mapping[int, Row | TreeRow]
+) -> list[tuple[int, float]]:
+    """Milliseconds of forwards by their number of rows, after the text `ids`."""
+    asked = list(forwards.values())
+    found = process.ask("medians_ms", ids=ids, forwards=asked, budget_s=_TABLE_S)
+    return [(n, round(ms, 5)) for n, ms in zip(forwards, found, strict=True)]

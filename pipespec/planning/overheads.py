@@ -7,7 +7,7 @@ what the loops and messages take. What twins do not have is the models' hunger f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import mean, median
@@ -38,12 +38,10 @@ def measure_overheads(
     *,
     transport: str,
     ready_timeout_s: float,
-    on_part: Callable[[str], None],
 ) -> Overheads:
     """Runs every strategy once on twins.
 
-    step_ms: of each model, for one token. agreements: of each draft with the target. on_part: told
-    what was done.
+    step_ms: of each model, for one token. agreements: of each draft with the target.
 
     Raises:
         StageError: a process failed.
@@ -51,23 +49,21 @@ def measure_overheads(
     twins = make_twins(hierarchy, step_ms, agreements)
     limit = max(8, min(_NUM_TOKENS, int(_MOST_S * 1e3 / max(step_ms[-1], 1e-3))))
     params = GenerationParams(max_new_tokens=limit)
+
+    def open_async(models: Hierarchy, schedule: Schedule) -> AsyncChainSpeculativeDecoder:
+        return AsyncChainSpeculativeDecoder(
+            models, schedule, transport=transport, ready_timeout_s=ready_timeout_s
+        )
+
     with GreedyDecoder(twins) as greedy:
         greedy_s = _between_s(greedy.generate(prompt, params))
-    on_part("greedy's loop")
     with ChainSpeculativeDecoder(twins) as chain:
         chain_s = _between_s(chain.generate(prompt, params))
-    on_part("chain's loop")
-    options = {"transport": transport, "ready_timeout_s": ready_timeout_s}
-    with AsyncChainSpeculativeDecoder(twins, **options) as decoder:  # type: ignore[arg-type]
-        output = decoder.generate(prompt, params)
-    async_s = loop_s(StageCounts.from_values(output.counts[0]))
-    on_part("async-chain's loop")
+    with open_async(twins, Schedule()) as decoder:
+        async_s = loop_s(_counts(decoder.generate(prompt, params))[0])
     ends = _ends_only(make_twins(hierarchy, [0.0] * len(step_ms), [1.0] * len(agreements)))
-    ping_pong = Schedule("pipespec", lookahead=1, run_ahead=1)
-    with AsyncChainSpeculativeDecoder(ends, ping_pong, **options) as decoder:  # type: ignore[arg-type]
-        output = decoder.generate(prompt, GenerationParams(max_new_tokens=_NUM_HOPS))
-    first, last = (StageCounts.from_values(counts) for counts in output.counts)
-    on_part("the way between processes")
+    with open_async(ends, Schedule("pipespec", lookahead=1, run_ahead=1)) as decoder:
+        first, last = _counts(decoder.generate(prompt, GenerationParams(_NUM_HOPS)))
     return Overheads(greedy_s, chain_s, async_s, max(0.0, hop_s(first, last) - async_s))
 
 
@@ -130,9 +126,13 @@ def _ends_only(hierarchy: Hierarchy) -> Hierarchy:
     )
 
 
+def _counts(output: Generation) -> list[StageCounts]:
+    return [StageCounts.from_values(values) for values in output.counts]
+
+
 def _between_s(output: Generation) -> float:
     """Of a strategy in one process: what its text took beyond forwards, for each of those."""
-    counts = [StageCounts.from_values(values) for values in output.counts]
+    counts = _counts(output)
     forward_s = sum(stage.forward_s for stage in counts)
     num_forwards = sum(stage.num_steps + 1 for stage in counts)
     return max(0.0, output.total_time_s - forward_s) / num_forwards

@@ -2,7 +2,8 @@
 
 Every subset with the target is looked at, ordered by step time; of the flags, a sensible few along
 one axis at a time: first when to verify, then how far to run ahead, then how many outcomes to
-prepare for. Short pieces of the texts decide what is worth a long look. Deterministic.
+prepare for and how many of their tokens to verify beside the main path. Short pieces of the texts
+decide what is worth a long look. Deterministic.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ CHAIN_LOOKAHEADS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 ASYNC_LOOKAHEADS: Final = (0, 1, 2, 3, 4, 6, 8, 12)
 RUN_AHEADS: Final = (4, 8, 32)  # beside the default
 OUTCOMES: Final = (1, 2, 4)
+MOST_OUTCOMES: Final = max(OUTCOMES)
+TREES: Final = (4, 8)
 NUM_FINALISTS: Final = 3  # of each subset and strategy
 SHORT_TOKENS: Final = 180
 LONG_TOKENS: Final = 1600
@@ -168,19 +171,15 @@ class _Look:
         schedules.append(Schedule("pipespec", 0))
         tried = self._simulate(Choice(stages, "async-chain", schedule) for schedule in schedules)
         default = tried[0].choice
-        for count in (0, 1):
-            start = sorted(tried, key=_order)[count].choice
-            tried += self._simulate(
-                replace(start, schedule=replace(start.schedule, run_ahead=run_ahead))
-                for run_ahead in RUN_AHEADS
+        for plan in sorted(tried, key=_order)[:2]:
+            tried += self._simulate(_with(plan.choice, run_ahead=count) for count in RUN_AHEADS)
+        if any(self.system.models[stage].num_tail_rows for stage in stages[:-1]):
+            starts = dict.fromkeys((min(tried, key=_order).choice, default))
+            prepared = self._simulate(
+                _with(start, outcomes=count) for start in starts for count in OUTCOMES
             )
-        if self.system.can_prepare:
-            best = min(tried, key=_order).choice
-            tried += self._simulate(
-                replace(start, schedule=replace(start.schedule, outcomes=outcomes))
-                for start in dict.fromkeys((best, default))
-                for outcomes in OUTCOMES
-            )
+            best = min(prepared, key=_order).choice
+            tried += prepared + self._simulate(_with(best, tree=count) for count in TREES)
         return [plan.choice for plan in sorted(tried, key=_order)[:NUM_FINALISTS]]
 
     def _best(self, choices: Iterable[Choice]) -> list[Choice]:
@@ -198,15 +197,15 @@ class _Look:
         return plans
 
 
+def _with(choice: Choice, **changes: int) -> Choice:
+    """The same with other flags."""
+    return replace(choice, schedule=replace(choice.schedule, **changes))
+
+
 def _fastest(plans: Iterable[Plan]) -> Plan | None:
     return min(plans, key=_order, default=None)
 
 
-def _order(plan: Plan) -> tuple[float, int, float]:
+def _order(plan: Plan) -> tuple[float, int, int]:
     """Faster first; of equals, the one with fewer stages, then that nearest to the defaults."""
-    schedule, default = plan.choice.schedule, Schedule()
-    num_flags = sum(
-        getattr(schedule, name) != getattr(default, name)
-        for name in ("policy", "lookahead", "run_ahead", "outcomes")
-    )
-    return -plan.tokens_per_s, len(plan.choice.stages), num_flags
+    return -plan.tokens_per_s, len(plan.choice.stages), len(plan.choice.flags)

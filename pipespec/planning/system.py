@@ -1,6 +1,6 @@
 """Everything that a simulation of any part of a hierarchy needs, and the simulations themselves.
 
-A `System` is made from emulated models (`emulated_system`) or from a profile (`profile`). Three
+A `System` is made from emulated models (`emulated_system`) or a profile (`measured_system`). Three
 ideas of cost: *ideal*, where a forward takes what it takes alone and nothing happens in between;
 *shared*, where models that run at the same time slow each other down; *real*, with what loops and
 messages add as well.
@@ -9,7 +9,7 @@ messages add as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Final
 
@@ -21,6 +21,7 @@ from pipespec.simulate.prediction import (
     LATENCY_S,
     Prediction,
     SimModel,
+    emulated_model,
     emulations_of,
     predict_texts,
 )
@@ -75,6 +76,16 @@ class Choice:
     strategy: str
     schedule: Schedule = Schedule()
 
+    @property
+    def flags(self) -> dict[str, str]:
+        """The flags of the schedule that are not at their defaults."""
+        default = Schedule()
+        return {
+            item.name.replace("_", "-"): str(value)
+            for item in fields(default)
+            if (value := getattr(self.schedule, item.name)) != getattr(default, item.name)
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -93,11 +104,6 @@ class System:
     @property
     def target(self) -> int:
         return len(self.models) - 1
-
-    @property
-    def can_prepare(self) -> bool:
-        """Whether any draft's runner can prepare for outcomes."""
-        return any(model.num_tail_rows for model in self.models[:-1])
 
     def with_target_times(self, times: Times, num_devices: int) -> System:
         """The same with a target on so many devices."""
@@ -124,7 +130,7 @@ class System:
         """
         wanted = self.submits if submits is None else submits
         factors = [1.0] * len(choice.stages)
-        if choice.strategy != "async-chain" or cost is Cost.IDEAL or not self._share(choice):
+        if choice.strategy != "async-chain" or cost is Cost.IDEAL or not self.slow_downs:
             return self._simulate(choice, wanted, cost, factors)
         busy = busy_guess or [1.0] * len(choice.stages)
         for _ in range(1 if busy_guess else _PASSES):
@@ -132,11 +138,6 @@ class System:
             prediction = self._simulate(choice, wanted, cost, factors)
             busy = prediction.busy_shares
         return prediction
-
-    def _share(self, choice: Choice) -> bool:
-        """Whether any two of the stages slow each other down."""
-        pairs = [(i, j) for i in choice.stages for j in choice.stages if i != j]
-        return bool(self.slow_downs) and any(self.slow_downs[i][j] != 1.0 for i, j in pairs)
 
     def _factor(self, choice: Choice, place: int, busy: Sequence[float]) -> float:
         """How much slower a stage is beside others that compute for these parts of the time."""
@@ -149,10 +150,17 @@ class System:
     ) -> Prediction:
         is_real = cost is Cost.REAL
         between_s = self.overheads.between_s(choice.strategy) if is_real else 0.0
-        oracles = self.oracles(choice.stages)
         models = [
-            _sim_model(self.models[stage], choice, factor, between_s, oracle)
-            for stage, factor, oracle in zip(choice.stages, factors, oracles, strict=True)
+            SimModel(
+                forward_s=self._forward_s(choice, place, factors[place]),
+                oracle=oracle,
+                between_s=between_s,
+                context_length=self.models[stage].context_length,
+                num_tail_rows=self.models[stage].num_tail_rows,
+            )
+            for place, (stage, oracle) in enumerate(
+                zip(choice.stages, self.oracles(choice.stages), strict=True)
+            )
         ]
         return predict_texts(
             models,
@@ -163,30 +171,38 @@ class System:
             num_warm_up_tokens=WARM_UP_TOKENS,
         )
 
+    def _forward_s(self, choice: Choice, place: int, factor: float) -> Callable[[int, int], float]:
+        """Seconds of a forward of the model at a place among the stages, by number of tokens and
+        length of the text; all are `factor` times as long as alone."""
+        model, schedule = self.models[choice.stages[place]], choice.schedule
+        if choice.strategy == "chain":
+            return lambda count, context: model.chain_times.forward_s(count, context)
+        is_last = place == len(choice.stages) - 1
+        branches = schedule.tree if is_last else schedule.outcomes
+        prepares = branches > 0 and choice.strategy == "async-chain"
+        return lambda count, context: (
+            factor * model.times.forward_s(count, context, prepares=prepares)
+        )
+
 
 def emulated_system(
-    models: Sequence[ModelConfig],
-    num_tail_rows: Sequence[int],
-    submits: Sequence[Submit],
-    vocab_size: int,
+    models: Sequence[ModelConfig], submits: Sequence[Submit], vocab_size: int
 ) -> System:
     """Of emulated models, whose tables are all that is needed: nothing is measured.
 
-    num_tail_rows: as of their runners. vocab_size: of their tokenizer.
+    vocab_size: of their tokenizer.
 
     Raises:
         ConfigError: a model that is not emulated, or whose "emulated" object is wrong.
     """
     emulations = emulations_of(models)
-    oracles = [
-        _Remembering(emulation.oracle(min(vocab_size, emulation.vocab_size), name))
-        for name, emulation in emulations
-    ]
-    found = []
-    for model, rows, (name, emulation) in zip(models, num_tail_rows, emulations, strict=True):
-        times = EmulatedTimes(emulation)
+    oracles, found = [], []
+    for model, (name, emulation) in zip(models, emulations, strict=True):
+        same = emulated_model(name, emulation, vocab_size)
+        oracles.append(_Remembering(same.oracle))
+        times, context_length = EmulatedTimes(emulation), emulation.context_length
         found.append(
-            PlanModel(name, times, times, emulation.context_length, rows, num_devices(model))
+            PlanModel(name, times, times, context_length, same.num_tail_rows, len(model.devices))
         )
     eos_after = emulations[-1][1].eos_after
     return System(
@@ -196,35 +212,25 @@ def emulated_system(
     )
 
 
-def num_devices(model: ModelConfig) -> int:
-    """Devices that a config gives a model."""
-    return len(model.devices)
-
-
 @dataclass(frozen=True, slots=True)
 class _Remembering:
     """An oracle that computes each answer once: simulations ask the same again and again."""
 
     oracle: TokenOracle
-    _draws: dict[int, int] = field(default_factory=dict)
-    _ranked: dict[tuple[int, int], Sequence[int]] = field(default_factory=dict)
+    _memory: dict[tuple[int, int], Sequence[int]] = field(default_factory=dict)
 
     def draw(self, prefix_hash: int) -> int:
         """See `TokenOracle`."""
-        token = self._draws.get(prefix_hash)
-        if token is None:
-            token = self._draws[prefix_hash] = self.oracle.draw(prefix_hash)
-        return token
+        return self.ranked(prefix_hash, 1)[0]
 
     def ranked(self, prefix_hash: int, num_choices: int) -> Sequence[int]:
         """See `TokenOracle`."""
-        if num_choices == 1:
-            return (self.draw(prefix_hash),)
         key = prefix_hash, num_choices
-        choices = self._ranked.get(key)
-        if choices is None:
-            choices = self._ranked[key] = self.oracle.ranked(prefix_hash, num_choices)
-        return choices
+        if key not in self._memory:
+            is_one = num_choices == 1  # and the others cost time to make up
+            first = (self.oracle.draw(prefix_hash),)
+            self._memory[key] = first if is_one else self.oracle.ranked(prefix_hash, num_choices)
+        return self._memory[key]
 
 
 def _until_end(submit: Submit, eos_after: int | None) -> Submit:
@@ -233,22 +239,6 @@ def _until_end(submit: Submit, eos_after: int | None) -> Submit:
         return submit
     left = eos_after - len(submit.prompt) + 1
     return replace(submit, max_new_tokens=min(submit.max_new_tokens, left))
-
-
-def _sim_model(
-    model: PlanModel, choice: Choice, factor: float, between_s: float, oracle: TokenOracle
-) -> SimModel:
-    times = model.chain_times if choice.strategy == "chain" else model.times
-    prepares = choice.strategy == "async-chain" and bool(choice.schedule.outcomes)
-    return SimModel(
-        forward_s=lambda count, context: (
-            factor * times.forward_s(count, context, prepares=prepares)
-        ),
-        oracle=oracle,
-        between_s=between_s,
-        context_length=model.context_length,
-        num_tail_rows=model.num_tail_rows,
-    )
 
 
 def _middle(submits: Sequence[Submit]) -> int:

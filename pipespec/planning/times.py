@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pipespec.emulation import Emulation
 
-Points = tuple[tuple[int, float], ...]  # (a number of tokens, milliseconds), sorted
+Points = Sequence[tuple[int, float]]  # (a number of tokens, milliseconds), sorted
 
 
 class Times(Protocol):
@@ -20,7 +20,8 @@ class Times(Protocol):
 
     def forward_s(self, num_tokens: int, context: int, *, prepares: bool = False) -> float:
         """Seconds of a forward over `num_tokens` tokens in a text of about `context` tokens.
-        prepares: with branches among them, and tokens ranked (`Schedule.outcomes`)."""
+        prepares: some of them may be in branches, and the choices after each are ranked, as a
+        draft does it for `Schedule.outcomes`."""
         ...
 
 
@@ -29,20 +30,22 @@ class MeasuredTimes:
     """What was measured of a model.
 
     decode: by context length, then by number of tokens. prefill: of whole prompts, by length; used
-    for more tokens than `decode` has. trees: like `decode`, with all tokens but one in branches;
-    empty for a runner that has none.
+    for more tokens than `decode` has. branching: like `decode`, with all tokens but one in
+    branches: the number of rows stands for a forward, however they follow each other. Empty for a
+    runner that has no branches.
     """
 
-    decode: tuple[tuple[int, Points], ...]
+    decode: Sequence[tuple[int, Points]]
     prefill: Points
-    trees: tuple[tuple[int, Points], ...] = ()
+    branching: Sequence[tuple[int, Points]] = ()
 
     def forward_s(self, num_tokens: int, context: int, *, prepares: bool = False) -> float:
         """See `Times`."""
-        table = self.trees if prepares and self.trees else self.decode
-        if num_tokens > self.decode[0][1][-1][0] and self.prefill:
+        longest, _ = self.decode[0][1][-1]
+        if num_tokens > longest and self.prefill:
             return interpolate(self.prefill, num_tokens) / 1e3
-        by_context = tuple((at, interpolate(points, num_tokens)) for at, points in table)
+        table = self.branching if prepares and self.branching else self.decode
+        by_context = [(at, interpolate(points, num_tokens)) for at, points in table]
         return interpolate(by_context, context) / 1e3
 
 
@@ -57,7 +60,7 @@ class EmulatedTimes:
         return self.emulation.forward_s(num_tokens)
 
 
-def interpolate(points: Sequence[tuple[int, float]], at: int) -> float:
+def interpolate(points: Points, at: int) -> float:
     """Linear between the points; the first value before them; beyond the last, on along the last
     two, but never below it."""
     positions = [position for position, _ in points]

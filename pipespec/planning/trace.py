@@ -1,9 +1,10 @@
 """Models that draw what they drew when they were measured: token oracles from recorded texts.
 
-Along the target's own text, and along the branches that a larger draft leaves it by, the draws are
-the recorded ones, so a simulation replays the very texts with their easy and hard passages. On any
-other prefix a draft agrees with the next larger model as often as it did along the text; what it
-draws there decides nothing but what is thrown away. Pure: equal in every run.
+Along the target's own text the draws are the recorded ones, best first, so a simulation replays the
+very texts: the easy and the hard passages, and on which rank the right token stood where a draft
+was wrong (what decides whether an outcome was prepared for). On any other prefix a draft agrees
+with the next larger model as often as it did along the text; what it draws there decides nothing
+but what is thrown away. Pure: equal in every run.
 """
 
 from __future__ import annotations
@@ -16,24 +17,20 @@ from pipespec.emulation import TokenOracle
 from pipespec.hashing import extend, hash_tokens
 
 _UNIT: Final = float(1 << 53)
-_AGREES: Final = 0x71A6
+_AGREES: Final = 0x71A6  # one stream of hashes for each kind of chance
 _OTHER: Final = 0x0D1F
 _RANK: Final = 0x5EED
 
 Ranked = tuple[int, ...]  # token ids, best first
+Draws = Sequence[Sequence[Ranked]]  # what one model drew, at each token of each text
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the target wrote after a prompt. index: of the sample in its data set."""
+    """What the target wrote after a prompt."""
 
-    index: int
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return self.prompt + self.tokens
 
     def prefix_hashes(self) -> list[int]:
         """Of the prefix that each token of the output follows."""
@@ -42,25 +39,6 @@ class Text:
         for token in self.tokens:
             hashes.append(prefix)
             prefix = extend(prefix, token)
-        return hashes
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """Where a model leaves the target's text: what it writes there by itself. text: which of the
-    texts. offset: into the output, of the first token."""
-
-    text: int
-    offset: int
-    tokens: tuple[int, ...]
-
-    def prefix_hashes(self, text: Text) -> list[int]:
-        """Of the prefix that each token follows, and of the whole branch."""
-        prefix = hash_tokens((*text.prompt, *text.tokens[: self.offset]))
-        hashes = [prefix]
-        for token in self.tokens:
-            prefix = extend(prefix, token)
-            hashes.append(prefix)
         return hashes
 
 
@@ -97,15 +75,13 @@ class TraceOracle:
         recorded = self.recorded.get(prefix_hash)
         if recorded is not None:
             return recorded[:num_choices]
-        choices = [self.draw(prefix_hash)]
-        others = [self._other(prefix_hash, choices[0], number) for number in range(1, num_choices)]
-        if self.larger is not None and num_choices > 1:
-            wanted = self.larger.draw(prefix_hash)
-            rank = self._rank(prefix_hash)
-            if wanted != choices[0] and rank is not None and rank < num_choices:
+        first = self.draw(prefix_hash)
+        others = [self._other(prefix_hash, first, number) for number in range(1, num_choices)]
+        if self.larger is not None and others:
+            wanted, rank = self.larger.draw(prefix_hash), self._rank(prefix_hash)
+            if wanted != first and rank is not None and rank < num_choices:
                 others[rank - 1] = wanted
-        choices += [token for token in dict.fromkeys(others) if token != choices[0]]
-        return tuple(choices)
+        return tuple(dict.fromkeys((first, *others)))
 
     def _guess(self, prefix_hash: int) -> int:
         if self.larger is None:
@@ -135,36 +111,23 @@ class TraceOracle:
         return (extend(prefix_hash, stream + self.own) >> 11) / _UNIT
 
 
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """What one model drew, in the order of `texts` and `branches`, at each of their tokens; on a
-    branch, at one more, after its end."""
-
-    on_texts: tuple[tuple[Ranked, ...], ...]
-    on_branches: tuple[tuple[Ranked, ...], ...] = ()
-
-
-def recorded_draws(
-    texts: Sequence[Text], branches: Sequence[Branch], draws: Draws
-) -> dict[int, Ranked]:
+def recorded_draws(texts: Sequence[Text], draws: Draws) -> dict[int, Ranked]:
     """A model's draws by prefix hash. A text of which it could read only the first part has draws
     for that part."""
     found: dict[int, Ranked] = {}
-    for branch, ranked in zip(branches, draws.on_branches):
-        found.update(zip(branch.prefix_hashes(texts[branch.text]), ranked))
-    for text, ranked in zip(texts, draws.on_texts):
+    for text, ranked in zip(texts, draws, strict=True):
         found.update(zip(text.prefix_hashes(), ranked))
     return found
 
 
 def target_draws(texts: Sequence[Text]) -> Draws:
     """The target's: what it wrote."""
-    return Draws(tuple(tuple((token,) for token in text.tokens) for text in texts))
+    return [[(token,) for token in text.tokens] for text in texts]
 
 
-def agreement(one: Draws, other: Draws) -> float:
+def agreement(draft: Draws, larger: Draws) -> float:
     """How often two models drew the same along the texts; 1 if nothing was drawn."""
-    pairs = list(_pairs(one, other))
+    pairs = _pairs(draft, larger)
     return sum(a[0] == b[0] for a, b in pairs) / len(pairs) if pairs else 1.0
 
 
@@ -180,8 +143,4 @@ def rank_shares(draft: Draws, larger: Draws) -> list[float]:
 
 
 def _pairs(one: Draws, other: Draws) -> list[tuple[Ranked, Ranked]]:
-    return [
-        pair
-        for text, other_text in zip(one.on_texts, other.on_texts)
-        for pair in zip(text, other_text)
-    ]
+    return [pair for a, b in zip(one, other, strict=True) for pair in zip(a, b)]
