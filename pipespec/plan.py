@@ -26,18 +26,17 @@ from pipespec.commands.arguments import (
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
-from pipespec.commands.plan_run import Runs, models_of
+from pipespec.commands.plan_run import models_of, run_choices
 from pipespec.commands.plan_system import is_emulated, make_system
 from pipespec.commands.plan_tables import (
-    Outcome,
+    Trial,
     allocation_table,
     answer_lines,
     describe,
-    legend,
     loss_line,
-    outcome_table,
     ranking_table,
     stages_text,
+    trial_table,
     useless_line,
 )
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
@@ -145,9 +144,11 @@ def _plan(options: Namespace) -> int:
     if tables is not None:
         _show_devices(system, tables, options.num_devices, display, progress)
     if options.run:
-        chosen = dict.fromkeys((ranking.greedy.choice, ranking.best.choice))
-        runs = Runs(settings, options.num_samples, options.output_dir, system)
-        _show_outcomes([runs.run(choice, progress) for choice in chosen], display)
+        choices = list(dict.fromkeys((ranking.greedy.choice, ranking.best.choice)))
+        trials = run_choices(
+            choices, system, settings, options.num_samples, options.output_dir, progress
+        )
+        _show_trials(trials, display)
     return 0
 
 
@@ -208,12 +209,15 @@ def _show_system(system: System, how: str, is_emulated: bool, display: Display) 
         f"greedy {1e3 * costs.greedy_s:.2f} ms, chain {1e3 * costs.chain_s:.2f} ms, "
         f"async-chain {1e3 * costs.async_s:.2f} ms"
     )
-    for index, name in enumerate(legend(system)):
-        slow_downs = [f"{x:.2f}" for x in system.slow_downs[index]] if system.slow_downs else []
-        beside = f"; beside each other one x {' '.join(slow_downs)}" if slow_downs else ""
+    for index, model in enumerate(system.models):
+        beside = [
+            f"; {factor:.2f}x while {other} computes"
+            for other, factor in enumerate(system.slow_downs[index] if system.slow_downs else ())
+            if other != index
+        ]
         display.line(
-            f"{name}: {1e3 * system.step_s(index):.3f} ms for one token, "
-            f"{1e3 * system.step_s(index, 8):.3f} ms for 8{beside}"
+            f"{index}: {model.name}: {1e3 * system.step_s(index):.3f} ms for one token, "
+            f"{1e3 * system.step_s(index, 8):.3f} ms for 8{''.join(beside)}"
         )
 
 
@@ -311,14 +315,14 @@ def _show_devices(
         display.line(line)
 
 
-def _show_outcomes(outcomes: Sequence[Outcome], display: Display) -> None:
+def _show_trials(trials: Sequence[Trial], display: Display) -> None:
     display.line("")
-    display.console.print(outcome_table(outcomes))
+    display.console.print(trial_table(trials))
     display.line("")
-    for outcome in outcomes:
-        display.line(loss_line(outcome))
-    for outcome in outcomes:
-        display.line(str(outcome.path))
+    for trial in trials:
+        display.line(loss_line(trial))
+    for trial in trials:
+        display.line(str(trial.path))
 
 
 if __name__ == "__main__":

@@ -9,38 +9,36 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from pipespec.metrics import Summary
 from pipespec.planning.devices import Allocation, Answer
 from pipespec.planning.search import Plan, Ranking, Useless
 from pipespec.planning.system import Choice, System
+from pipespec.simulate.prediction import Prediction
 
 NOTHING = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """A choice that was run, its results in `path`: tokens/s as measured, as predicted, and
-    without any cost between forwards (ideal), or none but that of cores that are shared."""
+class Trial:
+    """A choice that was run, its results in `path`. ideal, shared, real: predictions, by `Cost`."""
 
     choice: Choice
     path: Path
-    measured: float
-    predicted: float
-    ideal: float
-    shared: float
-    measured_block: float | None
-    predicted_block: float | None
-    measured_hits: float | None
-    predicted_hits: float | None
+    summary: Summary
+    ideal: Prediction
+    shared: Prediction
+    real: Prediction
+
+    @property
+    def measured(self) -> float:
+        """Tokens per second."""
+        assert self.summary.tokens_per_s is not None
+        return self.summary.tokens_per_s
 
     @property
     def efficiency(self) -> float:
         """Pipeline efficiency: measured / ideal."""
-        return self.measured / self.ideal
-
-
-def legend(system: System) -> list[str]:
-    """Which stage has which number."""
-    return [f"{index}: {model.name}" for index, model in enumerate(system.models)]
+        return self.measured / self.ideal.tokens_per_s
 
 
 def ranking_table(ranking: Ranking) -> Table:
@@ -112,7 +110,7 @@ def answer_lines(best: Allocation, answer: Answer | None, system: System) -> lis
     return lines
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+def trial_table(trials: Sequence[Trial]) -> Table:
     """Measured beside predicted and ideal."""
     table = _table()
     table.add_column("stages", no_wrap=True)
@@ -120,37 +118,41 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     headers = ("measured\ntokens/s", "predicted\ntokens/s", "off by", "ideal\ntokens/s")
     for header in (*headers, "pipeline\neffic.", "block effic.\n(predicted)"):
         table.add_column(header, justify="right", no_wrap=True)
-    for item in outcomes:
+    for item in trials:
+        blocks = item.summary.block_efficiency
+        pair = f"{_number(blocks[-1])} ({_number(item.real.block_efficiency)})" if blocks else ""
         table.add_row(
             stages_text(item.choice),
             item.choice.strategy,
             f"{item.measured:,.1f}",
-            f"{item.predicted:,.1f}",
-            f"{item.predicted / item.measured - 1.0:+.1%}",
-            f"{item.ideal:,.1f}",
+            f"{item.real.tokens_per_s:,.1f}",
+            f"{item.real.tokens_per_s / item.measured - 1.0:+.1%}",
+            f"{item.ideal.tokens_per_s:,.1f}",
             f"{item.efficiency:.2f}",
-            f"{_number(item.measured_block)} ({_number(item.predicted_block)})",
+            pair or NOTHING,
         )
     return table
 
 
-def loss_line(item: Outcome) -> str:
+def loss_line(item: Trial) -> str:
     """Where a run's time goes that the ideal does not take, in parts of the run's time; and how
     often a draft had prepared for what the target drew instead."""
-    total = 1.0 / item.measured
-    shared, between = 1.0 / item.shared - 1.0 / item.ideal, 1.0 / item.predicted - 1.0 / item.shared
-    rest = total - 1.0 / item.predicted
-    parts = (
-        ("models beside each other", shared),
-        ("loops and messages", between),
-        ("not foreseen", rest),
+    measured_s = 1.0 / item.measured  # a token
+    ideal_s, shared_s, real_s = (
+        1.0 / prediction.tokens_per_s for prediction in (item.ideal, item.shared, item.real)
     )
-    told = ", ".join(f"{name} {part / total:.1%}" for name, part in parts)
-    hits = ""
+    parts = (
+        ("models beside each other", shared_s - ideal_s),
+        ("loops and messages", real_s - shared_s),
+        ("not foreseen", measured_s - real_s),
+    )
+    told = ", ".join(f"{name} {part / measured_s:.1%}" for name, part in parts)
+    line = f"time of {item.choice.strategy} beyond the ideal: {told}"
     if item.choice.schedule.outcomes:
-        measured, predicted = _number(item.measured_hits), _number(item.predicted_hits)
-        hits = f"; outcome hit rate {measured}, predicted {predicted}"
-    return f"time of {item.choice.strategy} beyond the ideal: {told}{hits}"
+        hits = item.summary.outcome_hit_rate[-1]
+        predicted = item.real.outcome_hit_rate
+        line += f"; outcome hit rate {_number(hits)} (predicted {_number(predicted)})"
+    return line
 
 
 def stages_text(choice: Choice) -> str:
