@@ -137,6 +137,7 @@ def serve(connection: Connection) -> None:
     """Answers (what, values) until the other end is closed: with the answer, or with a `Fault`. The
     first is "load" with the stage, whose cores are taken before any library is loaded."""
     meter: Meter | None = None
+    answer: Any
     try:
         while True:
             what, values = connection.recv()

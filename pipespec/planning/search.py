@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Final
+from typing import Any, Final
 
 from pipespec.config import Schedule
 from pipespec.messages import Submit
@@ -20,6 +20,7 @@ from pipespec.simulate.prediction import Prediction
 
 CHAIN_LOOKAHEADS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 ASYNC_LOOKAHEADS: Final = (0, 1, 2, 3, 4, 6, 8, 12)
+DOWNWARDS: Final = 0.85  # of the best: longer lookaheads than this one are worse still
 RUN_AHEADS: Final = (4, 8, 32)  # beside the default
 OUTCOMES: Final = (1, 2, 4)
 MOST_OUTCOMES: Final = max(OUTCOMES)
@@ -161,16 +162,15 @@ class _Look:
     busy: tuple[float, ...] = ()
 
     def best_chains(self, stages: tuple[int, ...]) -> list[Choice]:
-        schedules = [Schedule(lookahead=count) for count in (None, *CHAIN_LOOKAHEADS)]
-        return self._best(Choice(stages, "chain", schedule) for schedule in schedules)
+        tried = self._lookaheads(Choice(stages, "chain"), CHAIN_LOOKAHEADS)
+        return [plan.choice for plan in sorted(tried, key=_order)[:NUM_FINALISTS]]
 
     def best_async_chains(self, stages: tuple[int, ...]) -> list[Choice]:
         """One kind of flag after the other, from what was best so far."""
         self.busy = ()
-        schedules = [Schedule(lookahead=count) for count in (None, *ASYNC_LOOKAHEADS)]
-        schedules.append(Schedule("pipespec", 0))
-        tried = self._simulate(Choice(stages, "async-chain", schedule) for schedule in schedules)
-        default = tried[0].choice
+        default = Choice(stages, "async-chain")
+        tried = self._lookaheads(default, ASYNC_LOOKAHEADS)
+        tried += self._simulate([replace(default, schedule=Schedule("pipespec", 0))])
         for plan in sorted(tried, key=_order)[:2]:
             tried += self._simulate(_with(plan.choice, run_ahead=count) for count in RUN_AHEADS)
         if any(self.system.models[stage].num_tail_rows for stage in stages[:-1]):
@@ -182,9 +182,14 @@ class _Look:
             tried += prepared + self._simulate(_with(best, tree=count) for count in TREES)
         return [plan.choice for plan in sorted(tried, key=_order)[:NUM_FINALISTS]]
 
-    def _best(self, choices: Iterable[Choice]) -> list[Choice]:
-        plans = sorted(self._simulate(choices), key=_order)
-        return [plan.choice for plan in plans[:NUM_FINALISTS]]
+    def _lookaheads(self, auto: Choice, counts: Sequence[int]) -> list[Plan]:
+        """Of `auto` and of fixed ones, from the least up until they lead downwards."""
+        tried = self._simulate([auto])
+        for count in counts:
+            tried += self._simulate([_with(auto, lookahead=count)])
+            if tried[-1].tokens_per_s < DOWNWARDS * max(plan.tokens_per_s for plan in tried):
+                break
+        return tried
 
     def _simulate(self, choices: Iterable[Choice]) -> list[Plan]:
         plans = []
@@ -197,7 +202,7 @@ class _Look:
         return plans
 
 
-def _with(choice: Choice, **changes: int) -> Choice:
+def _with(choice: Choice, **changes: Any) -> Choice:
     """The same with other flags."""
     return replace(choice, schedule=replace(choice.schedule, **changes))
 
