@@ -207,7 +207,7 @@ def _show_system(system: System, how: str, is_emulated: bool, display: Display) 
     display.line(
         f"between processes {1e3 * costs.latency_s:.2f} ms ({kind}); beside each forward: "
         f"greedy {1e3 * costs.greedy_s:.2f} ms, chain {1e3 * costs.chain_s:.2f} ms, "
-        f"async-chain {1e3 * costs.async_s:.2f} ms"
+        f"async-chain {1e3 * costs.async_s:.2f} ms and {1e3 * costs.frame_s:.2f} a message"
     )
     for index, model in enumerate(system.models):
         beside = [

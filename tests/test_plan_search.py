@@ -132,7 +132,7 @@ def test_a_sample_is_evenly_spaced_and_about_as_long_as_asked_for(
 def test_ideal_shared_and_real_costs_are_in_that_order() -> None:
     system = replace(
         system_of(model("a", 2.0, agreement=0.8), TARGET),
-        overheads=Overheads(1e-3, 1e-3, 1e-3, 1e-3),
+        overheads=Overheads(1e-3, 1e-3, 1e-3, 1e-3, 1e-3),
         slow_downs=((1.0, 1.5), (1.2, 1.0)),
     )
     choice = Choice((0, 1), "async-chain")
@@ -158,6 +158,17 @@ def test_greedy_and_chain_pay_for_no_neighbour() -> None:
     for choice in (Choice((1,), "greedy"), Choice((0, 1), "chain", Schedule(lookahead=4))):
         ideal, shared = (system.predict(choice, cost=c) for c in (Cost.IDEAL, Cost.SHARED))
         assert ideal.total_s == shared.total_s
+
+
+def test_a_verifier_pays_for_each_draft_that_arrives() -> None:
+    """The original's policy sends every token by itself; about ten come during a forward."""
+    system = system_of(model("a", 2.0, agreement=1.0), TARGET)
+    choice = Choice((0, 1), "async-chain", Schedule("pipespec", 0))
+    without, paid = (
+        replace(system, overheads=Overheads(frame_s=frame_s)).predict(choice).total_s
+        for frame_s in (0.0, 1e-3)
+    )
+    assert 1.1 < paid / without < 1.9
 
 
 def test_what_a_loop_takes_is_not_counted_as_a_forward() -> None:

@@ -252,6 +252,7 @@ class _Measurement:
         job, parts = self._job, self._parts
         middle, models = job.contexts()[len(job.contexts()) // 2], job.hierarchy.models
         target = target_draws(texts_of(parts))
+        self._meters.close()  # room for the models that run now
         found = measure_overheads(
             job.hierarchy,
             [

@@ -1,8 +1,9 @@
-"""What real processes add to forwards: measured with the real strategies on models that only sleep.
+"""What real processes add to forwards: measured with the real strategies, each run once.
 
-The *twins* of a hierarchy's models take their times and agree as often as they do, on the same
-cores, with the same tokenizer, sockets and loops; so whatever a run takes beyond its forwards is
-what the loops and messages take. What twins do not have is the models' hunger for caches.
+For `async-chain` the two largest models run for a moment: a loop that comes back from a forward
+finds its caches full of weights, and drafts arrive one by one, so the verifier's loop takes longer
+the more there are. For the others, and the way between processes, *twins* of the models do, which
+only sleep as long as the models take and agree as often.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pipespec.metrics import StageCounts
 from pipespec.planning.system import Overheads
 
 _NUM_TOKENS: Final = 64
-_NUM_HOPS: Final = 100
 _MOST_S: Final = 6.0  # for the text of one strategy, by its greedy time
 _MUCH_LONGER: Final = 4.0  # than the median: a stage that waited, not its loop
 
@@ -39,32 +39,37 @@ def measure_overheads(
     transport: str,
     ready_timeout_s: float,
 ) -> Overheads:
-    """Runs every strategy once on twins.
-
-    step_ms: of each model, for one token. agreements: of each draft with the target.
+    """step_ms: of each model, for one token. agreements: of each draft with the target.
 
     Raises:
         StageError: a process failed.
     """
     twins = make_twins(hierarchy, step_ms, agreements)
     limit = max(8, min(_NUM_TOKENS, int(_MOST_S * 1e3 / max(step_ms[-1], 1e-3))))
-    params = GenerationParams(max_new_tokens=limit)
 
-    def open_async(models: Hierarchy, schedule: Schedule) -> AsyncChainSpeculativeDecoder:
-        return AsyncChainSpeculativeDecoder(
+    def run_async(models: Hierarchy, lookahead: int, run_ahead: int) -> list[StageCounts]:
+        schedule = Schedule("pipespec", lookahead, run_ahead)
+        with AsyncChainSpeculativeDecoder(
             models, schedule, transport=transport, ready_timeout_s=ready_timeout_s
-        )
+        ) as decoder:
+            decoder.generate(prompt, GenerationParams(8))
+            return _counts(decoder.generate(prompt, GenerationParams(limit)))
 
     with GreedyDecoder(twins) as greedy:
-        greedy_s = _between_s(greedy.generate(prompt, params))
+        greedy_s = _between_s(greedy.generate(prompt, GenerationParams(limit)))
     with ChainSpeculativeDecoder(twins) as chain:
-        chain_s = _between_s(chain.generate(prompt, params))
-    with open_async(twins, Schedule()) as decoder:
-        async_s = loop_s(_counts(decoder.generate(prompt, params))[0])
-    ends = _ends_only(make_twins(hierarchy, [0.0] * len(step_ms), [1.0] * len(agreements)))
-    with open_async(ends, Schedule("pipespec", lookahead=1, run_ahead=1)) as decoder:
-        first, last = _counts(decoder.generate(prompt, GenerationParams(_NUM_HOPS)))
-    return Overheads(greedy_s, chain_s, async_s, max(0.0, hop_s(first, last) - async_s))
+        chain_s = _between_s(chain.generate(prompt, GenerationParams(limit)))
+    draft, target = run_async(_last_two(hierarchy), 0, Schedule().run_ahead)
+    async_s = loop_s(draft)
+    instant = make_twins(hierarchy, [0.0] * len(step_ms), [1.0] * len(agreements))
+    turns = run_async(_last_two(instant), 1, 1)
+    return Overheads(
+        greedy_s,
+        chain_s,
+        async_s,
+        frame_s=frame_s(draft, target, async_s),
+        latency_s=max(0.0, hop_s(*turns) - loop_s(turns[0])),
+    )
 
 
 def make_twins(
@@ -96,6 +101,13 @@ def loop_s(counts: StageCounts) -> float:
     return max(0.0, mean(gap for gap in gaps if gap <= _MUCH_LONGER * max(usual, 1e-6)))
 
 
+def frame_s(draft: StageCounts, target: StageCounts, async_s: float) -> float:
+    """Seconds that a target's loop takes beyond `async_s` for each draft that arrived, where each
+    drafted token is one and the target waits for none."""
+    num_frames = draft.num_drafted / max(1, target.num_steps)
+    return max(0.0, loop_s(target) - async_s) / max(1.0, num_frames)
+
+
 def hop_s(first: StageCounts, last: StageCounts) -> float:
     """Seconds from the end of a forward at one end of a pipeline to the start of the forward that
     it causes at the other: the mean of both ways. The two must take turns."""
@@ -115,14 +127,14 @@ def _caused_s(cause: StageCounts, effect: StageCounts) -> float:
     return median(gaps) if gaps else 0.0
 
 
-def _ends_only(hierarchy: Hierarchy) -> Hierarchy:
-    """Its first and its last model."""
+def _last_two(hierarchy: Hierarchy) -> Hierarchy:
+    """The target and the model before it."""
     return replace(
         hierarchy,
-        models=(hierarchy.models[0], hierarchy.models[-1]),
-        folders=(hierarchy.folders[0], hierarchy.folders[-1]),
-        tokenizer_folders=(hierarchy.tokenizer_folders[0], hierarchy.tokenizer_folders[-1]),
-        placements=(hierarchy.placements[0], hierarchy.placements[-1]),
+        models=hierarchy.models[-2:],
+        folders=hierarchy.folders[-2:],
+        tokenizer_folders=hierarchy.tokenizer_folders[-2:],
+        placements=hierarchy.placements[-2:],
     )
 
 

@@ -28,6 +28,7 @@ from pipespec.simulate.prediction import (
 
 WARM_UP_TOKENS: Final = 16  # as `commands.runs`
 _BETWEEN_S: Final = 5e-5
+_FRAME_S: Final = 3e-5
 _PASSES: Final = 3  # to settle how busy stages are that slow each other down
 
 
@@ -42,12 +43,14 @@ class Cost(Enum):
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """What a run adds to its forwards, in seconds: for each forward, by strategy; latency_s: from
-    one process to another. The defaults are the figures of a two-core Xeon, rounded: of no weight
-    beside steps of many milliseconds."""
+    one process to another. frame_s: for each message that an async-chain stage finds when its
+    forward ends. The defaults are the figures of a two-core Xeon, rounded: of no weight beside
+    steps of many milliseconds."""
 
     greedy_s: float = _BETWEEN_S
     chain_s: float = _BETWEEN_S
     async_s: float = _BETWEEN_S
+    frame_s: float = _FRAME_S
     latency_s: float = LATENCY_S
 
     def between_s(self, strategy: str) -> float:
@@ -168,6 +171,7 @@ class System:
             choice.schedule,
             submits,
             latency_s=self.overheads.latency_s if is_real else 0.0,
+            frame_s=self.overheads.frame_s if is_real else 0.0,
             num_warm_up_tokens=WARM_UP_TOKENS,
         )
 
