@@ -34,14 +34,14 @@ def counts_of(starts_s: Sequence[float], step_s: float) -> StageCounts:
     return StageCounts.from_values(counts.to_values())
 
 
-def test_a_loop_takes_what_lies_between_steps_that_follow_each_other() -> None:
+def test_a_loop_takes_what_lies_between_steps_but_for_waits() -> None:
     """0.1 ms after most steps, 0.3 ms after those that send; the other stage is waited for now and
     then, which is not the loop's."""
     starts, now = [], 0.0
     for step in range(100):
         starts.append(now)
-        now += 0.001 + (0.05 if step % 10 == 9 else 0.0003 if step % 3 == 0 else 0.0001)
-    found = loop_s(counts_of(starts, 0.001))
+        now += 0.001 + (0.0003 if step % 3 == 0 else 0.0001) + (0.05 if step % 10 == 4 else 0.0)
+    found = loop_s(replace(counts_of(starts, 0.001), wait_s=10 * 0.05))
     assert found == pytest.approx((0.0003 + 2 * 0.0001) / 3, rel=0.1)
 
 

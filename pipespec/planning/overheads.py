@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from statistics import mean, median
+from statistics import median
 from typing import Final
 
 from pipespec.config import GenerationParams, ModelConfig, Schedule
@@ -27,7 +26,6 @@ from pipespec.planning.system import Overheads
 
 _NUM_TOKENS: Final = 64
 _MOST_S: Final = 6.0  # for the text of one strategy, by its greedy time
-_MUCH_LONGER: Final = 4.0  # than the median: a stage that waited, not its loop
 
 
 def measure_overheads(
@@ -89,16 +87,13 @@ def make_twins(
 
 
 def loop_s(counts: StageCounts) -> float:
-    """Seconds from the end of a forward to the start of the next, where the stage did not wait: the
-    mean of the gaps that are not much longer than most of the shorter half."""
-    gaps = sorted(
-        later - (earlier + took)
-        for (earlier, later), took in zip(pairwise(counts.step_starts_s), counts.step_times_s)
-    )
-    if not gaps:
+    """Mean seconds between the end of a forward and the start of the next that the stage neither
+    computed nor waited."""
+    num_gaps = len(counts.step_starts_s) - 1
+    if num_gaps < 1:
         return 0.0
-    usual = median(gaps[: (len(gaps) + 1) // 2])
-    return max(0.0, mean(gap for gap in gaps if gap <= _MUCH_LONGER * max(usual, 1e-6)))
+    span_s = counts.step_starts_s[-1] - counts.step_starts_s[0]
+    return max(0.0, span_s - sum(counts.step_times_s[:-1]) - counts.wait_s) / num_gaps
 
 
 def frame_s(draft: StageCounts, target: StageCounts, async_s: float) -> float:
