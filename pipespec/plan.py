@@ -206,8 +206,8 @@ def _show_system(system: System, how: str, is_emulated: bool, display: Display) 
     costs, kind = system.overheads, "assumed" if is_emulated else "measured"
     display.line(
         f"between processes {1e3 * costs.latency_s:.2f} ms ({kind}); beside each forward: "
-        f"greedy {1e3 * costs.greedy_s:.2f} ms, chain {1e3 * costs.chain_s:.2f} ms, "
-        f"async-chain {1e3 * costs.async_s:.2f} ms and {1e3 * costs.frame_s:.2f} a message"
+        f"greedy {1e3 * costs.greedy_s:.2f} ms, chain {1e3 * costs.chain_s:.2f} ms, async-chain "
+        f"{1e3 * costs.draft_s:.2f} ms (draft) and {1e3 * costs.verify_s:.2f} ms (verifier)"
     )
     for index, model in enumerate(system.models):
         beside = [

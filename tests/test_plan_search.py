@@ -160,15 +160,15 @@ def test_greedy_and_chain_pay_for_no_neighbour() -> None:
         assert ideal.total_s == shared.total_s
 
 
-def test_a_verifier_pays_for_each_draft_that_arrives() -> None:
-    """The original's policy sends every token by itself; about ten come during a forward."""
-    system = system_of(model("a", 2.0, agreement=1.0), TARGET)
+def test_a_verifier_pays_for_its_own_loop() -> None:
+    """Which sets the pace where all is accepted."""
+    system = system_of(model("a", 20.0, agreement=1.0), TARGET)
     choice = Choice((0, 1), "async-chain", Schedule("pipespec", 0))
     without, paid = (
-        replace(system, overheads=Overheads(frame_s=frame_s)).predict(choice).total_s
-        for frame_s in (0.0, 1e-3)
+        replace(system, overheads=Overheads(verify_s=verify_s)).predict(choice).total_s
+        for verify_s in (0.0, 5e-3)
     )
-    assert 1.1 < paid / without < 1.9
+    assert paid / without == pytest.approx(1.25, abs=0.05)
 
 
 def test_what_a_loop_takes_is_not_counted_as_a_forward() -> None:

@@ -1,9 +1,9 @@
 """What real processes add to forwards: measured with the real strategies, each run once.
 
 For `async-chain` the two largest models run for a moment: a loop that comes back from a forward
-finds its caches full of weights, and drafts arrive one by one, so the verifier's loop takes longer
-the more there are. For the others, and the way between processes, *twins* of the models do, which
-only sleep as long as the models take and agree as often.
+finds its caches full of weights, and a verifier's has messages to read and to write. For the
+others, and the way between processes, *twins* of the models do, which only sleep as long as the
+models take and agree as often.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def measure_overheads(
     twins = make_twins(hierarchy, step_ms, agreements)
     limit = max(8, min(_NUM_TOKENS, int(_MOST_S * 1e3 / max(step_ms[-1], 1e-3))))
 
-    def run_async(models: Hierarchy, lookahead: int, run_ahead: int) -> list[StageCounts]:
-        schedule = Schedule("pipespec", lookahead, run_ahead)
+    def run_async(models: Hierarchy, schedule: Schedule) -> list[StageCounts]:
         with AsyncChainSpeculativeDecoder(
             models, schedule, transport=transport, ready_timeout_s=ready_timeout_s
         ) as decoder:
@@ -57,17 +56,11 @@ def measure_overheads(
         greedy_s = _between_s(greedy.generate(prompt, GenerationParams(limit)))
     with ChainSpeculativeDecoder(twins) as chain:
         chain_s = _between_s(chain.generate(prompt, GenerationParams(limit)))
-    draft, target = run_async(_last_two(hierarchy), 0, Schedule().run_ahead)
-    async_s = loop_s(draft)
+    draft, target = run_async(_last_two(hierarchy), Schedule())
     instant = make_twins(hierarchy, [0.0] * len(step_ms), [1.0] * len(agreements))
-    turns = run_async(_last_two(instant), 1, 1)
-    return Overheads(
-        greedy_s,
-        chain_s,
-        async_s,
-        frame_s=frame_s(draft, target, async_s),
-        latency_s=max(0.0, hop_s(*turns) - loop_s(turns[0])),
-    )
+    turns = run_async(_last_two(instant), Schedule("pipespec", lookahead=1, run_ahead=1))
+    latency_s = max(0.0, hop_s(*turns) - loop_s(turns[0]))
+    return Overheads(greedy_s, chain_s, loop_s(draft), loop_s(target), latency_s)
 
 
 def make_twins(
@@ -94,13 +87,6 @@ def loop_s(counts: StageCounts) -> float:
         return 0.0
     span_s = counts.step_starts_s[-1] - counts.step_starts_s[0]
     return max(0.0, span_s - sum(counts.step_times_s[:-1]) - counts.wait_s) / num_gaps
-
-
-def frame_s(draft: StageCounts, target: StageCounts, async_s: float) -> float:
-    """Seconds that a target's loop takes beyond `async_s` for each draft that arrived, where each
-    drafted token is one and the target waits for none."""
-    num_frames = draft.num_drafted / max(1, target.num_steps)
-    return max(0.0, loop_s(target) - async_s) / max(1.0, num_frames)
 
 
 def hop_s(first: StageCounts, last: StageCounts) -> float:

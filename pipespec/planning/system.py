@@ -28,7 +28,7 @@ from pipespec.simulate.prediction import (
 
 WARM_UP_TOKENS: Final = 16  # as `commands.runs`
 _BETWEEN_S: Final = 5e-5
-_FRAME_S: Final = 3e-5
+_VERIFY_S: Final = 2e-4
 _PASSES: Final = 3  # to settle how busy stages are that slow each other down
 
 
@@ -42,20 +42,22 @@ class Cost(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """What a run adds to its forwards, in seconds: for each forward, by strategy; latency_s: from
-    one process to another. frame_s: for each message that an async-chain stage finds when its
-    forward ends. The defaults are the figures of a two-core Xeon, rounded: of no weight beside
-    steps of many milliseconds."""
+    """What a run adds to its forwards, in seconds: for each forward of greedy, of chain, of
+    async-chain's first draft and of its verifiers; latency_s: from one process to another. The
+    defaults are the figures of a two-core Xeon, rounded: of no weight beside steps of many
+    milliseconds."""
 
     greedy_s: float = _BETWEEN_S
     chain_s: float = _BETWEEN_S
-    async_s: float = _BETWEEN_S
-    frame_s: float = _FRAME_S
+    draft_s: float = _BETWEEN_S
+    verify_s: float = _VERIFY_S
     latency_s: float = LATENCY_S
 
-    def between_s(self, strategy: str) -> float:
-        """For each forward of a strategy."""
-        return {"greedy": self.greedy_s, "chain": self.chain_s}.get(strategy, self.async_s)
+    def between_s(self, strategy: str, place: int) -> float:
+        """For each forward of the model at a place among the stages of a strategy."""
+        if strategy == "async-chain":
+            return self.verify_s if place else self.draft_s
+        return self.chain_s if strategy == "chain" else self.greedy_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +154,11 @@ class System:
         self, choice: Choice, submits: Sequence[Submit], cost: Cost, factors: Sequence[float]
     ) -> Prediction:
         is_real = cost is Cost.REAL
-        between_s = self.overheads.between_s(choice.strategy) if is_real else 0.0
         models = [
             SimModel(
                 forward_s=self._forward_s(choice, place, factors[place]),
                 oracle=oracle,
-                between_s=between_s,
+                between_s=self.overheads.between_s(choice.strategy, place) if is_real else 0.0,
                 context_length=self.models[stage].context_length,
                 num_tail_rows=self.models[stage].num_tail_rows,
             )
@@ -171,7 +172,6 @@ class System:
             choice.schedule,
             submits,
             latency_s=self.overheads.latency_s if is_real else 0.0,
-            frame_s=self.overheads.frame_s if is_real else 0.0,
             num_warm_up_tokens=WARM_UP_TOKENS,
         )
 

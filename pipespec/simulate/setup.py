@@ -16,15 +16,13 @@ from pipespec.state.step import Role
 class SimStage:
     """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws.
 
-    between_s: what its loop spends outside of each forward, and frame_s more for each frame that
-    arrived meanwhile; the stage is not free then."""
+    between_s: what its loop spends outside of each forward; the stage is not free meanwhile."""
 
     role: Callable[[], Role]
     policy: Callable[[], Policy]
     step_s: Callable[[int], float]
     oracle: TokenOracle
     between_s: float = 0.0
-    frame_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
