@@ -207,7 +207,7 @@ def _show_system(system: System, how: str, is_emulated: bool, display: Display) 
     display.line(
         f"between processes {1e3 * costs.latency_s:.2f} ms ({kind}); beside each forward: "
         f"greedy {1e3 * costs.greedy_s:.2f} ms, chain {1e3 * costs.chain_s:.2f} ms, async-chain "
-        f"{1e3 * costs.draft_s:.2f} ms (draft) and {1e3 * costs.verify_s:.2f} ms (verifier)"
+        f"{1e3 * costs.async_s:.2f} ms, and {1e3 * costs.token_s:.2f} ms a drafted token to read"
     )
     for index, model in enumerate(system.models):
         beside = [

@@ -55,6 +55,12 @@ def test_a_hop_is_the_mean_of_both_ways() -> None:
     assert hop_s(draft, target) == pytest.approx(0.003)
 
 
+def test_what_reading_a_draft_takes_is_told_from_the_verifiers_longer_loop() -> None:
+    draft = replace(counts_of([0.001 * n for n in range(50)], 0.0008), num_drafted=50)
+    target = counts_of([0.010 * n for n in range(5)], 0.0093)
+    assert token_s(draft, target) == pytest.approx(0.0005 / 10)
+
+
 def test_twins_take_the_models_times_and_agree_as_they_do(tmp_path: Path) -> None:
     hierarchy = open_hierarchy(load_models_config(Path(write_emulated(tmp_path, 3))))
     twins = make_twins(hierarchy, [0.5, 1.5, 4.0], [0.6, 0.9])
@@ -77,6 +83,7 @@ def test_every_strategy_is_measured_with_real_processes(tmp_path: Path) -> None:
             transport="ipc",
             ready_timeout_s=60.0,
         )
-    for seconds in (found.greedy_s, found.chain_s, found.draft_s, found.verify_s):
+    for seconds in (found.greedy_s, found.chain_s, found.async_s):
         assert 0.0 < seconds < 0.05
-    assert 0.0 <= found.latency_s < 0.05
+    for seconds in (found.send_s, found.token_s, found.latency_s):
+        assert 0.0 <= seconds < 0.05

@@ -46,7 +46,7 @@ def profile_of(oracles: Sequence[Oracle], num_texts: int = 3) -> Profile:
     """What measuring models that draw like these would record."""
     texts = [text_of(index) for index in range(num_texts)]
     last = len(oracles) - 1
-    parts: dict[str, Any] = {"overheads": asdict(Overheads(0.0, 0.0, 0.0, 0.0, 0.0))}
+    parts: dict[str, Any] = {"overheads": asdict(Overheads(0.0, 0.0, 0.0, 0.0, 0.0, 0.0))}
     for number, text in enumerate(texts):
         parts[f"text/{number}"] = asdict(text)
     for index, oracle in enumerate(oracles):

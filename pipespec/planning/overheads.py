@@ -24,7 +24,7 @@ from pipespec.decoding import (
 from pipespec.metrics import StageCounts
 from pipespec.planning.system import Overheads
 
-_NUM_TOKENS: Final = 64
+_NUM_TOKENS: Final = 96
 _MOST_S: Final = 6.0  # for the text of one strategy, by its greedy time
 
 
@@ -56,11 +56,20 @@ def measure_overheads(
         greedy_s = _between_s(greedy.generate(prompt, GenerationParams(limit)))
     with ChainSpeculativeDecoder(twins) as chain:
         chain_s = _between_s(chain.generate(prompt, GenerationParams(limit)))
-    draft, target = run_async(_last_two(hierarchy), Schedule())
+    pair = _last_two(hierarchy)
+    draft, target = run_async(pair, Schedule())
+    chatty, _ = run_async(pair, Schedule("pipespec", 0))
+    async_s = loop_s(draft)
     instant = make_twins(hierarchy, [0.0] * len(step_ms), [1.0] * len(agreements))
     turns = run_async(_last_two(instant), Schedule("pipespec", lookahead=1, run_ahead=1))
-    latency_s = max(0.0, hop_s(*turns) - loop_s(turns[0]))
-    return Overheads(greedy_s, chain_s, loop_s(draft), loop_s(target), latency_s)
+    return Overheads(
+        greedy_s,
+        chain_s,
+        async_s,
+        send_s=max(0.0, loop_s(chatty) - async_s),
+        token_s=token_s(draft, target),
+        latency_s=max(0.0, hop_s(*turns) - loop_s(turns[0])),
+    )
 
 
 def make_twins(
@@ -87,6 +96,12 @@ def loop_s(counts: StageCounts) -> float:
         return 0.0
     span_s = counts.step_starts_s[-1] - counts.step_starts_s[0]
     return max(0.0, span_s - sum(counts.step_times_s[:-1]) - counts.wait_s) / num_gaps
+
+
+def token_s(draft: StageCounts, target: StageCounts) -> float:
+    """How much longer a target's loop is than a draft's, for each drafted token that it reads."""
+    num_tokens = draft.num_drafted / max(1, target.num_steps)
+    return max(0.0, loop_s(target) - loop_s(draft)) / max(1.0, num_tokens)
 
 
 def hop_s(first: StageCounts, last: StageCounts) -> float:

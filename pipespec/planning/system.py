@@ -27,8 +27,6 @@ from pipespec.simulate.prediction import (
 )
 
 WARM_UP_TOKENS: Final = 16  # as `commands.runs`
-_BETWEEN_S: Final = 5e-5
-_VERIFY_S: Final = 2e-4
 _PASSES: Final = 3  # to settle how busy stages are that slow each other down
 
 
@@ -42,22 +40,25 @@ class Cost(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """What a run adds to its forwards, in seconds: for each forward of greedy, of chain, of
-    async-chain's first draft and of its verifiers; latency_s: from one process to another. The
-    defaults are the figures of a two-core Xeon, rounded: of no weight beside steps of many
-    milliseconds."""
+    """What a run adds to its forwards, in seconds: for each forward of greedy, of chain and of a
+    stage of async-chain. send_s: more for a first draft that sends every token by itself. token_s:
+    more for each drafted token that a stage finds when its forward ends. latency_s: from one
+    process to another. The defaults are the figures of a two-core Xeon, rounded: of no weight
+    beside steps of many milliseconds."""
 
-    greedy_s: float = _BETWEEN_S
-    chain_s: float = _BETWEEN_S
-    draft_s: float = _BETWEEN_S
-    verify_s: float = _VERIFY_S
+    greedy_s: float = 2e-5
+    chain_s: float = 6e-5
+    async_s: float = 6e-5
+    send_s: float = 3e-5
+    token_s: float = 3e-5
     latency_s: float = LATENCY_S
 
-    def between_s(self, strategy: str, place: int) -> float:
-        """For each forward of the model at a place among the stages of a strategy."""
-        if strategy == "async-chain":
-            return self.verify_s if place else self.draft_s
-        return self.chain_s if strategy == "chain" else self.greedy_s
+    def between_s(self, choice: Choice, place: int) -> float:
+        """For each forward of the model at a place among the stages."""
+        if choice.strategy == "async-chain":
+            is_chatty = place == 0 and choice.schedule.policy == "pipespec"
+            return self.async_s + self.send_s * is_chatty
+        return self.chain_s if choice.strategy == "chain" else self.greedy_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ class System:
             SimModel(
                 forward_s=self._forward_s(choice, place, factors[place]),
                 oracle=oracle,
-                between_s=self.overheads.between_s(choice.strategy, place) if is_real else 0.0,
+                between_s=self.overheads.between_s(choice, place) if is_real else 0.0,
                 context_length=self.models[stage].context_length,
                 num_tail_rows=self.models[stage].num_tail_rows,
             )
@@ -172,6 +173,7 @@ class System:
             choice.schedule,
             submits,
             latency_s=self.overheads.latency_s if is_real else 0.0,
+            token_s=self.overheads.token_s if is_real else 0.0,
             num_warm_up_tokens=WARM_UP_TOKENS,
         )
 

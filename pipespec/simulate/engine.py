@@ -279,8 +279,17 @@ class Simulation:
         num_fed = len(step.ids) + len(step.tail)
         step_s = self._random_s(self.stages[index].step_s(num_fed))
         process.step_end_s = self._now_s + step_s
-        busy_s = step_s + self.stages[index].between_s
-        self._at(busy_s, lambda: self._finish_step(index, process))
+        self._at(step_s, lambda: self._end_forward(index, process))
+
+    def _end_forward(self, index: int, process: _Process) -> None:
+        """The loop takes its time for itself, and for drafts that arrived during the forward."""
+        stage, messages = self.stages[index], [item.frame.message for item in process.inbox]
+        num_tokens = sum(len(each.tokens) for each in messages if isinstance(each, Draft))
+        busy_s = stage.between_s + stage.token_s * num_tokens
+        if busy_s:
+            self._at(busy_s, lambda: self._finish_step(index, process))
+        else:
+            self._finish_step(index, process)
 
     def _draws(
         self, oracle: TokenOracle, request: RequestState, step: Step, cache: Cache

@@ -155,17 +155,21 @@ def predict_texts(
     submits: Sequence[Submit],
     *,
     latency_s: float = LATENCY_S,
+    token_s: float = 0.0,
     num_warm_up_tokens: int = 0,
 ) -> Prediction:
     """Simulates `strategy` with `models`, smallest draft first, target last. Deterministic.
 
     Texts are written one after the other by stages that stay, as in a run: what their policies have
     learnt they keep. num_warm_up_tokens: of the first text, written before the clock counts.
-    latency_s: between processes; `greedy` and `chain` have one and pay none.
+    latency_s: between processes; token_s: for each drafted token that a loop finds after a forward;
+    `greedy` and `chain` have one process and pay neither.
     """
     used = models[-1:] if strategy == "greedy" else models
     is_chain = strategy == "chain"
-    pipeline = _Pipeline(used, schedule, 0.0 if len(used) == 1 else latency_s, is_chain)
+    if is_chain or len(used) == 1:
+        latency_s = token_s = 0.0
+    pipeline = _Pipeline(used, schedule, latency_s, token_s, is_chain)
     if num_warm_up_tokens:
         pipeline.write(submits[0], min(num_warm_up_tokens, submits[0].max_new_tokens))
     texts = [pipeline.write(submit, submit.max_new_tokens) for submit in submits]
@@ -190,10 +194,16 @@ class _Pipeline:
     """Stages that write one text after the other; what they learn they keep."""
 
     def __init__(
-        self, models: Sequence[SimModel], schedule: Schedule, latency_s: float, is_chain: bool
+        self,
+        models: Sequence[SimModel],
+        schedule: Schedule,
+        latency_s: float,
+        token_s: float,
+        is_chain: bool,
     ) -> None:
         self._models = models
-        self._latency_s = 0.0 if is_chain else latency_s
+        self._latency_s = latency_s
+        self._token_s = token_s
         self._is_chain = is_chain
         count = len(models)
         self._roles = [
@@ -238,6 +248,7 @@ class _Pipeline:
             step_s=lambda num_tokens: model.forward_s(num_tokens, context),
             oracle=model.oracle,
             between_s=model.between_s,
+            token_s=self._token_s,
         )
 
 

@@ -16,13 +16,15 @@ from pipespec.state.step import Role
 class SimStage:
     """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws.
 
-    between_s: what its loop spends outside of each forward; the stage is not free meanwhile."""
+    between_s: what its loop spends outside of each forward, and token_s more for each drafted token
+    that arrived meanwhile; the stage is not free then."""
 
     role: Callable[[], Role]
     policy: Callable[[], Policy]
     step_s: Callable[[int], float]
     oracle: TokenOracle
     between_s: float = 0.0
+    token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
