@@ -89,13 +89,14 @@ def make_twins(
 
 
 def loop_s(counts: StageCounts) -> float:
-    """Mean seconds between the end of a forward and the start of the next that the stage neither
-    computed nor waited."""
-    num_gaps = len(counts.step_starts_s) - 1
-    if num_gaps < 1:
+    """Seconds between the end of a forward and the start of the next that the stage did not wait:
+    the mean gap without the waits, or the median one, if waits between texts or a machine that did
+    something else make that less."""
+    ends = [start + took for start, took in zip(counts.step_starts_s, counts.step_times_s)]
+    gaps = [start - end for start, end in zip(counts.step_starts_s[1:], ends)]
+    if not gaps:
         return 0.0
-    span_s = counts.step_starts_s[-1] - counts.step_starts_s[0]
-    return max(0.0, span_s - sum(counts.step_times_s[:-1]) - counts.wait_s) / num_gaps
+    return max(0.0, min(median(gaps), (sum(gaps) - counts.wait_s) / len(gaps)))
 
 
 def token_s(draft: StageCounts, target: StageCounts) -> float:

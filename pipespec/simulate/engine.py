@@ -282,9 +282,11 @@ class Simulation:
         self._at(step_s, lambda: self._end_forward(index, process))
 
     def _end_forward(self, index: int, process: _Process) -> None:
-        """The loop takes its time for itself, and for drafts that arrived during the forward."""
+        """The loop takes its time for itself, and for drafts that arrived during the forward;
+        prepared branches, which repeat what is known, cost it little."""
         stage, messages = self.stages[index], [item.frame.message for item in process.inbox]
-        num_tokens = sum(len(each.tokens) for each in messages if isinstance(each, Draft))
+        drafts = [each for each in messages if isinstance(each, Draft) and not each.parents]
+        num_tokens = sum(len(draft.tokens) for draft in drafts)
         busy_s = stage.between_s + stage.token_s * num_tokens
         if busy_s:
             self._at(busy_s, lambda: self._finish_step(index, process))
