@@ -184,12 +184,12 @@ class _Look:
 
     def _lookaheads(self, auto: Choice, counts: Sequence[int]) -> list[Plan]:
         """Of `auto` and of fixed ones, from the least up until they lead downwards."""
-        tried = self._simulate([auto])
+        fixed: list[Plan] = []
         for count in counts:
-            tried += self._simulate([_with(auto, lookahead=count)])
-            if tried[-1].tokens_per_s < DOWNWARDS * max(plan.tokens_per_s for plan in tried):
+            fixed += self._simulate([_with(auto, lookahead=count)])
+            if fixed[-1].tokens_per_s < DOWNWARDS * max(plan.tokens_per_s for plan in fixed):
                 break
-        return tried
+        return self._simulate([auto]) + fixed
 
     def _simulate(self, choices: Iterable[Choice]) -> list[Plan]:
         plans = []
