@@ -25,8 +25,9 @@ LAYERS = (
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
+    ("planning",),
     (
-        *("dry_run", "commands", "benchmark", "run_example", "fit_emulation"),
+        *("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
         *("comparison", "compare", "checkup", "doctor"),
     ),
 )
@@ -77,8 +78,9 @@ LIGHT = (
     *("pipespec.transport", "pipespec.launcher", "pipespec.stage", "pipespec.worker"),
     *("pipespec.placement", "pipespec.checkpoint", "pipespec.tokenizer", "pipespec.data"),
     *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
-    *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor"),
+    *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
+    "pipespec.planning.meter",
 )
 
 

@@ -149,6 +149,11 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
         metavar="N",
         help="of async-chain: candidates of prepared outcomes verified beside the main path",
     )
+    add_process_arguments(group, ready_timeout_s)
+
+
+def add_process_arguments(group: argparse._ArgumentGroup, ready_timeout_s: float) -> None:
+    """What runs the models and joins them, and how much is said of it."""
     group.add_argument(
         "--runner",
         choices=RUNNERS,

@@ -124,6 +124,40 @@ class Display:
 
             yield SampleProgress(redraw, REDRAW_EVERY_S, num_done)
 
+    @contextlib.contextmanager
+    def parts(self, what: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+        """Shows how many parts of some work are done; the value is to be told of each. total: None
+        where nobody knows."""
+        count, shown_at = 0, time.monotonic()
+        if not self.console.is_terminal:
+
+            def tell(part: str) -> None:
+                nonlocal count, shown_at
+                count += 1
+                if time.monotonic() - shown_at > LINE_EVERY_S:
+                    self.line(f"{what}: {count}{f'/{total}' if total else ''}, {part}")
+                    shown_at = time.monotonic()
+
+            yield tell
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with self._bars(*columns) as bars:
+            task = bars.add_task(what, total=total, note="")
+            bars.refresh()
+
+            def advance(part: str) -> None:
+                nonlocal shown_at
+                is_due = time.monotonic() - shown_at > REDRAW_EVERY_S
+                shown_at = time.monotonic() if is_due else shown_at
+                bars.update(task, advance=1, note=part, refresh=is_due)
+
+            yield advance
+
     def _bars(self, *columns: TextColumn | BarColumn | MofNCompleteColumn) -> Progress:
         return Progress(*columns, console=self.console, auto_refresh=False, transient=True)
 

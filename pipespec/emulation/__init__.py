@@ -5,6 +5,6 @@ not). Knows no clock, no tensors and no other stage.
 """
 
 from pipespec.emulation.model import Emulation, parse_emulation
-from pipespec.emulation.oracle import Oracle, Stretches
+from pipespec.emulation.oracle import Oracle, Stretches, TokenOracle
 
-__all__ = ["Emulation", "Oracle", "Stretches", "parse_emulation"]
+__all__ = ["Emulation", "Oracle", "Stretches", "TokenOracle", "parse_emulation"]

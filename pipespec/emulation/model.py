@@ -32,6 +32,7 @@ from pipespec.errors import ConfigError
 from pipespec.hashing import hash_tokens
 
 NUM_IDS: Final = 1 << 31  # a prompt may hold any id, whatever ids are drawn
+NUM_TAIL_ROWS: Final = 1 << 20  # for branches; they cost nothing here
 _KINDS: Final = ("easy", "hard")
 
 

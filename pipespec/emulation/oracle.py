@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
 
 from pipespec.hashing import extend, hash_tokens
 
@@ -51,6 +51,20 @@ class Stretches:
     def hard_share(self) -> float:
         """The part of all tokens that lies in hard stretches."""
         return self.hard / (self.easy + self.hard)
+
+
+class TokenOracle(Protocol):
+    """What a model would write after any prefix, named by its hash: all that a simulation needs to
+    know of a model's tokens."""
+
+    def draw(self, prefix_hash: int) -> int:
+        """The model's token after the prefix."""
+        ...
+
+    def ranked(self, prefix_hash: int, num_choices: int) -> Sequence[int]:
+        """Its first choices there, best first and distinct, as many as are known; the first is
+        `draw`'s."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pipespec.emulation.model import NUM_IDS, parse_emulation
+from pipespec.emulation.model import NUM_IDS, NUM_TAIL_ROWS, parse_emulation
 from pipespec.errors import ConfigError
 from pipespec.hashing import ROOT, extend
 from pipespec.runners.base import Row, RunnerInfo, TreeRow
 from pipespec.runners.rows import check_row, check_tree
 
 _MAX_OVERSLEEP_S: Final = 1e-3
-_TAIL_ROWS: Final = 1 << 20  # they cost nothing here
 
 
 class EmulatedRunner:
@@ -60,7 +59,7 @@ class EmulatedRunner:
             context_length=min(context_length or limit, limit),
             num_parameters=0,
             weight_bytes=0,
-            num_tail_rows=_TAIL_ROWS,
+            num_tail_rows=NUM_TAIL_ROWS,
         )
 
     @property

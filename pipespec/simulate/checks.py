@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pipespec.emulation import Oracle
+from pipespec.emulation import TokenOracle
 from pipespec.hashing import extend, hash_tokens
 from pipespec.messages import Draft
 from pipespec.simulate.cache import Cache
@@ -64,7 +64,7 @@ def _prefix_of(request: RequestState, place: Twig | int) -> int:
     return extend(_prefix_of(request, place.before), place.token)
 
 
-def check_draws(request: RequestState, num_before: int, oracle: Oracle) -> None:
+def check_draws(request: RequestState, num_before: int, oracle: TokenOracle) -> None:
     """After a forward: every token it added is the model's choice for the prefix before it."""
     for position in range(num_before, len(request.seq)):
         expected = oracle.draw(request.hashes[position])

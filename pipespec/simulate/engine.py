@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipespec.emulation import Oracle
+from pipespec.emulation import Oracle, TokenOracle
 from pipespec.errors import StageError
 from pipespec.messages import (
     LAUNCHER,
@@ -34,7 +34,7 @@ from pipespec.state.request import RequestState
 from pipespec.state.stage import StageState
 from pipespec.state.step import Step
 
-MAX_EVENTS = 200_000
+MAX_EVENTS = 200_000  # and as many again for each thousand tokens of output
 TICK_S = 2.0
 STALL_S = 10.0
 SAME_MOMENT_S = 1e-9
@@ -56,11 +56,12 @@ class _Process:
     """One incarnation of a stage."""
 
     state: StageState
-    oracle: Oracle
+    oracle: TokenOracle
     is_up: bool = True
     step: Step | None = None
     draws: list[Ranked] = field(default_factory=list)
     step_start_s: float = 0.0
+    step_end_s: float = 0.0
     inbox: list[_Delivery] = field(default_factory=list)
     caches: dict[int, Cache] = field(default_factory=dict)
 
@@ -69,9 +70,10 @@ class Simulation:
     """Runs `submits` through `stages` until all are finished.
 
     jitter: scales a mean time to a random one (identity for a deterministic run). apply_mid_step:
-    frames are applied when they arrive, even while a forward is in flight; else after it. in_turn:
-    one forward at a time, of the stage nearest to the target that can do one, as `chain` does it;
-    with no latency.
+    frames are applied when they arrive, even while a forward is in flight; else after it, or, with
+    drain_first, before its draws, as the process loop does. in_turn: one forward at a time, of the
+    stage nearest to the target that can do one, as `chain` does it; with no latency. start_s: the
+    clock at the beginning.
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class Simulation:
         seed: int = 0,
         jitter: bool = False,
         apply_mid_step: bool = False,
+        drain_first: bool = False,
         in_turn: bool = False,
         faults: Faults | None = None,
         verify: bool = True,
+        start_s: float = 0.0,
     ) -> None:
         self.stages = stages
         self.submits = {submit.request: submit for submit in submits}
@@ -94,13 +98,16 @@ class Simulation:
         self._latency_s = latency_s
         self._jitter = jitter
         self._apply_mid_step = apply_mid_step
+        self._drain_first = drain_first or apply_mid_step
         self._in_turn = in_turn
         self._faults = faults or Faults()
         self._verify = verify
-        self._now_s = 0.0
+        self._now_s = start_s
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         self._num_scheduled = 0
+        num_tokens = sum(submit.max_new_tokens for submit in submits)
+        self._max_events = MAX_EVENTS + MAX_EVENTS * num_tokens // 1000
         self._last_arrival_s: dict[tuple[int, int, int], float] = {}
         self._entered: set[int] = set()
         self._done: set[int] = set()
@@ -124,7 +131,7 @@ class Simulation:
             self._now_s, _, event = heapq.heappop(self._events)
             event()
             self._num_events += 1
-            checks.check(self._num_events < MAX_EVENTS, "progress is made (no livelock)")
+            checks.check(self._num_events < self._max_events, "progress is made (no livelock)")
         checks.check(len(self._done) == len(self.submits), "no deadlock")
         if not self._faults.any:
             forgotten = all(not process.state.requests for process in self._processes)
@@ -203,6 +210,7 @@ class Simulation:
         stage = self.stages[index]
         oracle, incarnation = stage.oracle, self._incarnations[index]
         if self._faults.unequal_target and index == len(self.stages) - 1:
+            assert isinstance(oracle, Oracle)
             oracle = replace(oracle, seed=oracle.seed + incarnation - 1)
         return _Process(StageState(stage.role(), stage.policy(), self._incarnations), oracle)
 
@@ -271,19 +279,30 @@ class Simulation:
         process.step_start_s = self._now_s
         model_s = self.stages[index].step_s
         step_s = model_s(len(step.ids) + len(step.tail))
-        # What arrives may end a burst early.
-        num_more = self._rng.randint(0, step.num_more) if self._jitter else step.num_more
         num_more = step.num_more
-        if num_more and self._jitter:
+        if num_more and self._jitter:  # what arrives may end a burst early
             num_more = self._rng.randint(0, num_more)
         for _ in range(num_more):
             process.draws.append(self._draw_on(process, request, step, cache))
             step_s += model_s(1)
         step_s = self._random_s(step_s)
-        self._at(step_s, lambda: self._finish_step(index, process))
+        process.step_end_s = self._now_s + step_s
+        self._at(step_s, lambda: self._end_forward(index, process))
+
+    def _end_forward(self, index: int, process: _Process) -> None:
+        """The loop takes its time for itself, and for drafts that arrived during the forward;
+        prepared branches, which repeat what is known, cost it little."""
+        stage, messages = self.stages[index], [item.frame.message for item in process.inbox]
+        drafts = [each for each in messages if isinstance(each, Draft) and not each.parents]
+        num_tokens = sum(len(draft.tokens) for draft in drafts)
+        busy_s = stage.between_s + stage.token_s * num_tokens
+        if busy_s:
+            self._at(busy_s, lambda: self._finish_step(index, process))
+        else:
+            self._finish_step(index, process)
 
     def _draws(
-        self, oracle: Oracle, request: RequestState, step: Step, cache: Cache
+        self, oracle: TokenOracle, request: RequestState, step: Step, cache: Cache
     ) -> list[Ranked]:
         """What the model ranks first after what the cache really holds, right or wrong."""
         hashes = [cache.feed(row, token, row - 1) for row, token in enumerate(step.ids, step.start)]
@@ -309,11 +328,11 @@ class Simulation:
             return
         step, process.step = process.step, None
         assert step is not None
-        if self._apply_mid_step:
+        if self._drain_first:
             self._drain(index)
         request = process.state.requests.get(step.request)
         num_before = len(request.seq) if request is not None else 0
-        frames = process.state.end_step(process.draws, process.step_start_s, self._now_s)
+        frames = process.state.end_step(process.draws, process.step_start_s, process.step_end_s)
         cause = ""
         if self._verify and request is not None:
             checks.check_draws(request, num_before, process.oracle)

@@ -7,19 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipespec.emulation import Oracle
+from pipespec.emulation import TokenOracle
 from pipespec.policy import Policy
 from pipespec.state.step import Role
 
 
 @dataclass(frozen=True, slots=True)
 class SimStage:
-    """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws."""
+    """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws.
+
+    between_s: what its loop spends outside of each forward, and token_s more for each drafted token
+    that arrived meanwhile; the stage is not free then."""
 
     role: Callable[[], Role]
     policy: Callable[[], Policy]
     step_s: Callable[[int], float]
-    oracle: Oracle
+    oracle: TokenOracle
+    between_s: float = 0.0
+    token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

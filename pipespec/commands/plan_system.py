@@ -1,0 +1,85 @@
+"""From flags to the `System` that is planned: emulated models' tables, or a measured profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipespec.commands.display import Display
+from pipespec.commands.inputs import Inputs
+from pipespec.commands.settings import Settings
+from pipespec.config import ModelConfig
+from pipespec.messages import Submit
+from pipespec.planning.measure import Job, measure
+from pipespec.planning.measured import measured_system
+from pipespec.planning.profile import Profile, identity_of, read_profile, write_profile
+from pipespec.planning.system import System, emulated_system
+from pipespec.results import describe_environment
+
+
+def is_emulated(models: Sequence[ModelConfig]) -> bool:
+    """Whether none has weights."""
+    return all(model.emulated is not None for model in models)
+
+
+def make_system(
+    settings: Settings, inputs: Inputs, profile_path: Path | None, progress: Display
+) -> tuple[System, str]:
+    """What the simulations know, and a line on where it is from. profile_path: what is there is not
+    measured again, and what is measured is kept there.
+
+    Raises:
+        UsageError: a model that cannot be loaded, or a profile of something else.
+        StageError: a process that was to be measured failed.
+    """
+    hierarchy, generation = inputs.hierarchy, settings.generation
+    if is_emulated(settings.models):
+        submits = [
+            Submit(
+                number,
+                prompt.ids,
+                (),
+                generation.sampling,
+                min(generation.max_new_tokens, hierarchy.context_length + 1 - len(prompt.ids)),
+                (),
+                (),
+            )
+            for number, prompt in enumerate(inputs.prompts)
+        ]
+        system = emulated_system(settings.models, submits, hierarchy.vocab_size)
+        return system, "emulated models: nothing is measured"
+    profile = _measured_profile(settings, inputs, profile_path, progress)
+    system = measured_system(
+        profile, settings.models, generation, hierarchy.vocab_size, hierarchy.eos
+    )
+    kept = "" if profile_path is None else f", kept in {profile_path}"
+    return system, f"measured in {profile.measuring_s:.1f} s{kept}"
+
+
+def _measured_profile(
+    settings: Settings, inputs: Inputs, path: Path | None, progress: Display
+) -> Profile:
+    """Read, measured as far as it lacks something, and kept."""
+    prompts = tuple(prompt.ids for prompt in inputs.prompts)
+    machine, environment = inputs.hierarchy.machine, describe_environment()
+    identity = identity_of(settings.models, prompts, settings.generation, machine, environment)
+    stored = None if path is None else read_profile(path, identity)
+    profile = stored or Profile(identity)
+    job = Job(
+        inputs.hierarchy,
+        prompts,
+        settings.generation,
+        settings.transport,
+        settings.ready_timeout_s,
+    )
+
+    def keep(profile: Profile) -> None:
+        if path is not None:
+            write_profile(path, profile)
+
+    num_missing = sum(name not in profile.parts for name in job.part_names())
+    if num_missing:
+        keep(profile)  # a path that cannot be written is said before anything is measured
+        with progress.parts("measured", num_missing) as on_part:
+            measure(job, profile, keep, on_part)
+    return profile
