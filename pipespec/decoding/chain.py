@@ -137,6 +137,7 @@ class ChainSpeculativeDecoder:
             draws += [(token,) for token in runner.forward([row])[0]]
         end_s = time.perf_counter()
         self._post(index, state.end_step(draws, start_s, end_s))
+        state.learn()
 
     def _deliver(self) -> list[Output]:
         """Passes messages on until none is left; returns what the target put out."""

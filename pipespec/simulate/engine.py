@@ -341,6 +341,7 @@ class Simulation:
             cause = "bonus" if is_bonus else ""
         self._transmit(index, frames, cause)
         self._drain(index)
+        process.state.learn()
         self._act(index)
 
     # -- launcher, faults -------------------------------------------------------------------

@@ -64,7 +64,7 @@ def place_feeds(
 
 def branch_draft(request: RequestState) -> list[tuple[Link, Message]]:
     """Prepared continuations that the next stage does not have yet, as one tree."""
-    batch = 2 * request.role.batch - 1  # a slow drafter sends each token at once
+    batch = 5 * request.role.batch - 4  # a slow drafter sends each token at once
     branches = request.outcomes.unsent(request.sent, batch)
     if not branches:
         return []

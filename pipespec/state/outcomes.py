@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pipespec.state.tail import Feed, TailRows
 
 Ranked = tuple[int, ...]  # token ids, best first
+LEAST_CHANCE = 0.01  # of a case; what is less likely is not looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,8 @@ class Outcomes:
         found: list[Branch] = []
         chance = 1.0 - self.stats.agreement
         for position in range(acked, end + 1):
+            if chance < LEAST_CHANCE:
+                break
             for rank, token in enumerate(self._alternatives.get(position, ())):
                 branch = self.branches.get((position, token)) or Branch(position, [token])
                 if self._goes_on(branch):

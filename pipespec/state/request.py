@@ -34,7 +34,7 @@ from pipespec.state.tail import TailRows
 from pipespec.state.verification import verify
 
 MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
-LEAST_CHANCE = 0.0001  # that a verdict accepts a token; one that is less likely is not drafted
+LEAST_CHANCE = 0.02  # that a verdict accepts a token; one that is less likely is not drafted
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
@@ -414,14 +414,14 @@ class RequestState:
         outgoing: list[Outgoing] = []
         if not tokens:
             return outgoing
-        if self.role.is_last:
-            output = Output(self.request, first_new, tokens, self.finish_reason)
-            outgoing.append((Link.LAUNCHER, output))
-        if not self.role.is_first:
+        if not self.role.is_first:  # first, because somebody may wait for it
             self.num_verdicts_sent += 1
             number = self.num_verdicts_sent
             verdict = Verdict(self.request, number, first_new, tokens, False)
             outgoing.append((Link.UP, verdict))
+        if self.role.is_last:
+            output = Output(self.request, first_new, tokens, self.finish_reason)
+            outgoing.append((Link.LAUNCHER, output))
         return outgoing
 
 

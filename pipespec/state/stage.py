@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from pipespec.messages import (
@@ -78,6 +78,7 @@ class StageState:
         self._last_draft_s: dict[int, float] = {}
         self._gone: OrderedDict[int, None] = OrderedDict()
         self._in_flight: RequestState | None = None
+        self._unlearnt: tuple[RequestState, StepResult] | None = None
         self._turn = 0
 
     # -- events -----------------------------------------------------------------------------
@@ -117,27 +118,36 @@ class StageState:
     def end_step(
         self, draws: Sequence[Ranked], start_s: float, end_s: float
     ) -> list[tuple[Link, Frame]]:
-        """The forward that `decide` started is done. Its request may have finished meanwhile."""
+        """The forward that `decide` started is done. Its request may have finished meanwhile.
+        `learn` is to be called before the next decision."""
         request, self._in_flight = self._in_flight, None
         assert request is not None and request.step is not None
+        self._unlearnt = None
         if self.requests.get(request.request) is not request:
             return []
         step, length = request.step, len(request.seq)
         outgoing = request.end_step(draws, start_s, end_s)
-        self.policy.on_step(
-            StepResult(
-                query_length=len(step.ids) + len(step.tail),
-                num_offered=step.num_candidates,
-                num_accepted=request.num_main_accepted,
-                num_emitted=len(request.seq) - length,
-                num_left=len(request.cands.main),
-                is_prefill=step.is_prefill,
-                seconds=(end_s - start_s) / (len(draws) if step.num_more else 1),
-                end_s=end_s,
-            )
+        result = StepResult(
+            query_length=len(step.ids) + len(step.tail),
+            num_offered=step.num_candidates,
+            num_accepted=request.num_main_accepted,
+            num_emitted=len(request.seq) - length,
+            num_left=0,
+            is_prefill=step.is_prefill,
+            seconds=(end_s - start_s) / (len(draws) if step.num_more else 1),
+            end_s=end_s,
         )
-        self.role.batch = self.policy.batch if self.role.is_first else 1
+        self._unlearnt = request, result
         return self.wrap(outgoing)
+
+    def learn(self) -> None:
+        """The policy hears of the step that ended, once all has been received that came during
+        it."""
+        if self._unlearnt is None:
+            return
+        (request, result), self._unlearnt = self._unlearnt, None
+        self.policy.on_step(replace(result, num_left=len(request.cands.main)))
+        self.role.batch = self.policy.batch if self.role.is_first else 1
 
     def goes_on(self, step: Step) -> bool:
         """Whether it is of use to draw on in `step`, which is in flight."""
