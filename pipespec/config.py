@@ -90,14 +90,15 @@ class Schedule:
     policy: "adaptive" (measured waiting, the default) or "pipespec" (the original's: verify
     whatever is there). lookahead: candidates a verifier waits for; None lets the policy choose;
     chain drafts exactly so many. run_ahead: tokens a stage may be ahead of the last verdict.
-    outcomes: other tokens a position, each a case that a draft prepares for; chain prepares none.
+    outcomes: other tokens a position, each a case that a draft prepares for, -1 for what the policy
+    takes: 4, and 0 for "pipespec"; chain prepares none.
     tree: candidates of prepared outcomes that a verification may score beside the main path.
     """
 
     policy: str = "adaptive"
     lookahead: int | None = None
     run_ahead: int = 64
-    outcomes: int = 0
+    outcomes: int = -1
     tree: int = 0
 
     def __post_init__(self) -> None:
@@ -106,6 +107,8 @@ class Schedule:
         if self.lookahead is not None:
             _require("lookahead", self.lookahead, 0 <= self.lookahead <= 1024, "from 0 to 1024")
         _require("run-ahead", self.run_ahead, 1 <= self.run_ahead <= 4096, "from 1 to 4096")
+        if self.outcomes == -1:
+            object.__setattr__(self, "outcomes", 4 if self.policy == "adaptive" else 0)
         _require("outcomes", self.outcomes, 0 <= self.outcomes <= 16, "from 0 to 16")
         _require("tree", self.tree, 0 <= self.tree <= 64, "from 0 to 64")
 

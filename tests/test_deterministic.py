@@ -196,7 +196,7 @@ def test_in_bfloat16_all_strategies_write_the_same_tokens(
 ) -> None:
     """The draft is the target in other arithmetic: it agrees often, and steps have all lengths."""
     folder = str(make("llama", max_position_embeddings=LONG, vocab_size=128))
-    options: dict[str, Any] = {"tokenizer": "pipespec:demo/draft-0.5M", "runner": runner}
+    options: dict[str, Any] = {"tokenizer": "pipespec:demo/draft-1M", "runner": runner}
     models = [
         ModelConfig(folder, ("cpu",), "float32", **options),
         ModelConfig(folder, ("cpu",), "bfloat16", deterministic=True, **options),

@@ -183,7 +183,7 @@ def test_real_checkpoints_are_served_without_transformers(tmp_path: Path) -> Non
     )
     with AsyncChainSpeculativeDecoder(hierarchy) as decoder:
         infos = decoder.pipeline.infos
-        assert [info["runner"] for info in infos] == ["llama", "llama"]
+        assert [info["runner"] for info in infos] == ["native", "native"]
         assert [info["uses_transformers"] for info in infos] == [False, False]
         output = decoder.generate(PROMPT, limit(30))
     with closing(GreedyDecoder(hierarchy.target_only)) as greedy:

@@ -138,9 +138,10 @@ def add_engine_arguments(parser: Parser, ready_timeout_s: float) -> None:
     group.add_argument(
         "--outcomes",
         type=int,
-        default=schedule.outcomes,
+        default=-1,
         metavar="N",
-        help="of async-chain: other tokens a position whose rejection a draft prepares for",
+        help=f"of async-chain: other tokens a position whose rejection a draft prepares for "
+        f"(default: {schedule.outcomes}, and 0 with --policy pipespec)",
     )
     group.add_argument(
         "--tree",

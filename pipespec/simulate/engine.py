@@ -10,6 +10,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pipespec.emulation import Oracle, TokenOracle
 from pipespec.errors import StageError
@@ -125,7 +126,7 @@ class Simulation:
             for index in range(len(self.stages)):
                 self._at(self._rng.random() * TICK_S, self._ticker(index))
         for _ in range(self._faults.num_crashes):
-            self._at(self._rng.random() * 40, self._crasher(self._rng.randint(0, last)))
+            self._at(self._rng.random() * 40, partial(self._crash, self._rng.randint(0, last)))
         # A faulty network ticks for ever; a reliable one runs until nothing is left to happen.
         while self._events and not (self._faults.any and len(self._done) == len(self.submits)):
             self._now_s, _, event = heapq.heappop(self._events)
@@ -267,7 +268,7 @@ class Simulation:
         decision = process.state.decide(self._now_s)
         if decision.step is None:
             if decision.wake_at_s is not None:
-                self._at_time(decision.wake_at_s, self._waker(index))
+                self._at_time(decision.wake_at_s, partial(self._act, index))
             return
         step = process.step = decision.step
         cache = process.caches.setdefault(step.request, Cache())
@@ -404,12 +405,6 @@ class Simulation:
             self._to_target(submit)
 
         return enter
-
-    def _crasher(self, index: int) -> Callable[[], None]:
-        return lambda: self._crash(index)
-
-    def _waker(self, index: int) -> Callable[[], None]:
-        return lambda: self._act(index)
 
     def _ticker(self, index: int) -> Callable[[], None]:
         def tick() -> None:

@@ -13,6 +13,7 @@ how many are fed in a forward by a policy, from their values. Plain data, as all
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from pipespec.state.tail import Feed, TailRows
 
 Ranked = tuple[int, ...]  # token ids, best first
 LEAST_CHANCE = 0.01  # of a case; what is less likely is not looked at
+LEAST_ALIVE = 0.002  # chance that a verdict accepts a token; what is less likely is not drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class RankStats:
     def agreement(self) -> float:
         """Chance that a token is what the verdict will say."""
         return self._num_right / self._num_seen
+
+    def num_alive(self) -> int:
+        """Tokens after which the rest of a text is as good as dead."""
+        return int(math.log(LEAST_ALIVE) / math.log(min(self.agreement, 0.999)))
 
     def share(self, rank: int) -> float:
         """Chance that a correction is the alternative of this rank, counted from 0."""

@@ -19,7 +19,6 @@ place of its shared counters.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -29,12 +28,11 @@ from pipespec.state.beside import branch_draft, place_feeds
 from pipespec.state.candidates import Candidates, Node, Twig
 from pipespec.state.counts import Counts
 from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
-from pipespec.state.step import Role, Step
+from pipespec.state.step import Role, Step, common_length
 from pipespec.state.tail import TailRows
 from pipespec.state.verification import verify
 
 MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
-LEAST_CHANCE = 0.02  # that a verdict accepts a token; one that is less likely is not drafted
 
 Outgoing = tuple[Link, Message]
 FinishCheck = Callable[[int], str]  # the next output token -> finish reason, "" to go on
@@ -168,13 +166,12 @@ class RequestState:
         self.verdict_seen = verdict.number
         start, tokens = verdict.start, verdict.tokens
         end = start + len(tokens)
-        same = _common_length(self.seq, start, tokens)
+        same = common_length(self.seq, start, tokens)
         first_new, rest = start + same, tokens[same:]
         ahead = self.ahead
         self._observe(same, first_new, rest)
         self.acked = end
-        outgoing: list[Outgoing] = []
-        is_hit = False
+        outgoing, is_hit = list[Outgoing](), False
         if rest:
             branch = self.outcomes.match(first_new, rest)
             self._roll_back(first_new)
@@ -248,7 +245,7 @@ class RequestState:
         if self.intact < step.base:
             valid = self.intact
         else:
-            valid = step.base + _common_length(self.seq, step.base, fed)
+            valid = step.base + common_length(self.seq, step.base, fed)
         self.kv_valid = valid
         if valid < len(self.seq):
             self.counts.num_discarded_steps += 1 + step.num_more
@@ -346,9 +343,7 @@ class RequestState:
         self.ahead = self._worth_drafting()
 
     def _worth_drafting(self) -> int:
-        agreement = min(self.outcomes.stats.agreement, 0.999)
-        num_likely = int(math.log(LEAST_CHANCE) / math.log(agreement))
-        return min(self.role.run_ahead, max(self.role.least_ahead, num_likely))
+        return min(self.role.run_ahead, max(self.role.least_ahead, self.outcomes.stats.num_alive()))
 
     def _adopt(self, branch: Branch, num_known: int) -> None:
         """A prepared verdict came and brought `num_known` of the branch's tokens: go on with the
@@ -423,12 +418,3 @@ class RequestState:
             output = Output(self.request, first_new, tokens, self.finish_reason)
             outgoing.append((Link.LAUNCHER, output))
         return outgoing
-
-
-def _common_length(seq: Sequence[int], start: int, tokens: Sequence[int]) -> int:
-    """How many of `tokens` equal `seq[start:]`, in order."""
-    own = seq[start : start + len(tokens)]
-    for count, (mine, theirs) in enumerate(zip(own, tokens)):
-        if mine != theirs:
-            return count
-    return len(own)

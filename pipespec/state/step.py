@@ -12,6 +12,7 @@ from pipespec.state.outcomes import Branch, Budget, Ranked
 from pipespec.state.tail import Feed
 
 LEAST_AHEAD: Final = 4  # tokens that the next stage may wait for
+LEAST_ROWS: Final = 32  # for branches, or it is not worth it
 
 
 @dataclass(slots=True)
@@ -48,7 +49,9 @@ class Role:
         for branches."""
         ahead, budget = schedule.run_ahead, Budget(schedule.outcomes)
         # Rows in use may lie apart, and the own text comes before them.
-        can_branch = tail_rows > ahead + budget.length + 2 * (budget.num_rows + schedule.tree)
+        num_rows = (tail_rows - ahead - budget.length - 1) // 2 - schedule.tree
+        budget = replace(budget, num_rows=min(budget.num_rows, num_rows))
+        can_branch = num_rows >= LEAST_ROWS
         is_bounded = schedule.policy == "pipespec"
         least = ahead if is_bounded else max(LEAST_AHEAD, schedule.lookahead or 0)
         return cls(
@@ -118,3 +121,12 @@ class Step:
     @property
     def end(self) -> int:
         return self.start + len(self.ids)
+
+
+def common_length(seq: Sequence[int], start: int, tokens: Sequence[int]) -> int:
+    """How many of `tokens` equal `seq[start:]`, in order."""
+    own = seq[start : start + len(tokens)]
+    for count, (mine, theirs) in enumerate(zip(own, tokens)):
+        if mine != theirs:
+            return count
+    return len(own)
