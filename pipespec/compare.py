@@ -99,7 +99,7 @@ def _add_contestants(parser: Parser) -> None:
         type=int,
         default=choices.outcomes,
         metavar="N",
-        help="one more async-chain each, which prepares for so many other tokens; 0: none",
+        help="one more async-chain each, which prepares for so many other tokens",
     )
     group.add_argument(
         "--assistant-tokens",

@@ -153,7 +153,7 @@ def emulated_flags(folder: Path, num_models: int = 2, **values: float) -> list[s
 def test_emulated_models_race_without_peers(
     extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*OWN, "async-chain-pipespec", "async-chain-outcomes-2"]
+    own = [*OWN, "async-chain-pipespec", "async-chain-outcomes-0"]
     flags = [*emulated_flags(tmp_path), *extra, "--rounds", "2", "--only", *own, *PEERS]
     assert compare.main([*flags, "--chain-lookaheads", "2", "3"]) == 0
     printed = capsys.readouterr().out

@@ -81,7 +81,7 @@ class Choices:
     """
 
     chain_lookaheads: tuple[int, ...] = (2, 3, 4, 6, 8)
-    outcomes: tuple[int, ...] = (2,)
+    outcomes: tuple[int, ...] = (0,)
     assistant_tokens: tuple[str, ...] = (HEURISTIC, LIBRARY_DEFAULT)
     lookup_tokens: tuple[int, ...] = (10,)
     commands: tuple[tuple[str, str], ...] = ()
@@ -231,7 +231,7 @@ def _entries(choices: Choices) -> list[_Entry]:
         _Entry("chain-auto", "own", 2, {"strategy": "chain"}),
         _async("async-chain", {}),
         _async("async-chain-pipespec", {"policy": "pipespec", "lookahead": 0}),
-        *(_async(f"async-chain-outcomes-{n}", {"outcomes": n}) for n in choices.outcomes if n),
+        *(_async(f"async-chain-outcomes-{n}", {"outcomes": n}) for n in choices.outcomes),
         _Entry("transformers", "transformers", 1, {"mode": "plain"}),
         _Entry("transformers-assisted", "transformers", 2, {"mode": "assisted"}, tuple(assisted)),
         _Entry("transformers-lookup", "transformers", 1, {"mode": "lookup"}, tuple(lookups)),

@@ -74,7 +74,10 @@ def check_outcomes(schedule: Schedule, stages: Sequence[Mapping[str, Any]]) -> N
     Raises:
         ModelLoadError: none can.
     """
-    if schedule.outcomes and not any(stage["num_tail_rows"] for stage in stages[:-1]):
+    by_default = Schedule(schedule.policy).outcomes
+    if schedule.outcomes not in (0, by_default) and not any(
+        stage["num_tail_rows"] for stage in stages[:-1]
+    ):
         raise ModelLoadError("the runners of its drafts prepare no outcomes")
 
 
