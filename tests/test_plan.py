@@ -146,7 +146,9 @@ def test_a_chain_is_predicted_to_the_last_verification(num_models: int, tmp_path
     choice = Choice(tuple(range(num_models)), "chain", Schedule(lookahead=4))
     predicted, ran, text, written = emulated_choice(tmp_path, choice, 80)
     assert text == written
-    for one, other in zip(predicted, ran, strict=True):
+    # At the end of the text the draft's last burst may be longer than what is still verified.
+    assert 0 <= len(ran[0].offered) - len(predicted[0].offered) < 4
+    for one, other in zip(predicted[1:], ran[1:], strict=True):
         assert one.offered == other.offered
         assert one.accepted == other.accepted
         assert one.emitted == other.emitted

@@ -138,7 +138,10 @@ def test_greedy_knows_only_the_target_and_no_schedule() -> None:
         ),
         ({"generation": GenerationParams()}, "stop"),
         ({"schedule": Schedule(lookahead=5)}, "lookahead (4 there, 5 now)"),
-        ({"schedule": Schedule("pipespec", 4)}, "policy (adaptive there, pipespec now)"),
+        (
+            {"schedule": Schedule("pipespec", 4, outcomes=4)},
+            "policy (adaptive there, pipespec now)",
+        ),
         ({"schedule": Schedule(lookahead=4, run_ahead=8)}, "run_ahead (64 there, 8 now)"),
         ({"dataset_digest": "4567"}, "dataset_digest (0123 there, 4567 now)"),
         ({"num_samples": 4}, "num_samples (3 there, 4 now)"),

@@ -148,7 +148,7 @@ def loss_line(item: Trial) -> str:
     )
     told = ", ".join(f"{name} {part / measured_s:.1%}" for name, part in parts)
     line = f"time of {item.choice.strategy} beyond the ideal: {told}"
-    if item.choice.schedule.outcomes:
+    if item.choice.strategy == "async-chain" and item.choice.schedule.outcomes:
         hits = item.summary.outcome_hit_rate[-1]
         predicted = item.real.outcome_hit_rate
         line += f"; outcome hit rate {_number(hits)} (predicted {_number(predicted)})"

@@ -57,7 +57,7 @@ def measure_overheads(
     with ChainSpeculativeDecoder(twins) as chain:
         chain_s = _between_s(chain.generate(prompt, GenerationParams(limit)))
     pair = _last_two(hierarchy)
-    draft, target = run_async(pair, Schedule())
+    draft, target = run_async(pair, Schedule(outcomes=0))
     chatty, _ = run_async(pair, Schedule("pipespec", 0))
     async_s = loop_s(draft)
     instant = make_twins(hierarchy, [0.0] * len(step_ms), [1.0] * len(agreements))

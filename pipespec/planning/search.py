@@ -168,7 +168,7 @@ class _Look:
     def best_async_chains(self, stages: tuple[int, ...]) -> list[Choice]:
         """One kind of flag after the other, from what was best so far."""
         self.busy = ()
-        default = Choice(stages, "async-chain")
+        default = Choice(stages, "async-chain", Schedule(outcomes=0))
         tried = self._lookaheads(default, ASYNC_LOOKAHEADS)
         tried += self._simulate([replace(default, schedule=Schedule("pipespec", 0))])
         for plan in sorted(tried, key=_order)[:2]:

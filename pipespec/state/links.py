@@ -18,6 +18,7 @@ class Arrival(Enum):
     OLD = "old"  # of a dead process, or meant for one: drop and count
     KNOWN = "known"
     NEW_PEER = "new peer"  # the first frame of a process not heard before
+    GREETING = "greeting"  # of a process that was known: verdicts to it go on to be numbered
 
 
 class Links:
@@ -33,7 +34,6 @@ class Links:
             Link.DOWN: incarnations[index + 1] if index < last else 0,
             Link.LAUNCHER: 0,
         }
-        self._greeted = dict.fromkeys(Link, 0)
         self._sequence = dict.fromkeys(Link, 0)
         self.num_old_frames = 0
 
@@ -51,10 +51,8 @@ class Links:
         if frame.incarnation < self._known[link] or is_stale_verdict:
             self.num_old_frames += 1
             return Arrival.OLD
-        # A Hello counts once: verdicts are numbered anew for a new peer, and must not be twice.
-        is_hello = isinstance(frame.message, Hello) and frame.incarnation > self._greeted[link]
-        is_new = is_hello or frame.incarnation > self._known[link]
+        is_new = frame.incarnation > self._known[link]
         self._known[link] = frame.incarnation
         if is_new:
-            self._greeted[link] = frame.incarnation
-        return Arrival.NEW_PEER if is_new else Arrival.KNOWN
+            return Arrival.NEW_PEER
+        return Arrival.GREETING if isinstance(frame.message, Hello) else Arrival.KNOWN

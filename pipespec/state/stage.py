@@ -91,6 +91,8 @@ class StageState:
         outgoing: list[Outgoing] = []
         if arrival is Arrival.NEW_PEER:
             outgoing += self._on_new_peer(link)
+        elif arrival is Arrival.GREETING and link is Link.UP:  # it may have missed what was sent
+            outgoing += [item for r in self.requests.values() for item in r.full_verdict()]
         outgoing += self._on_message(frame.message, now_s)
         return self.wrap(outgoing)
 
@@ -159,8 +161,9 @@ class StageState:
         request = next(iter(self.requests.values()), None)
         if request is None or self._ready_at(request, now_s) == now_s:
             return 0
-        wanted, _ = self.policy.wait(self._situation(request, now_s))
-        return wanted - len(request.cands.main)
+        situation = self._situation(request, now_s)
+        wanted, _ = self.policy.wait(situation)
+        return min(wanted, situation.num_useful) - situation.num_candidates
 
     def add_wait(self, seconds: float) -> None:
         """The stage had nothing to do for so long although requests were in flight."""
