@@ -211,7 +211,7 @@ def test_the_shipped_configs_are_the_promised_ones() -> None:
         ("cuda:2", "cuda:3"),
     ]
     assert by_name["llama3"][2].quantize == "4bit"
-    assert {m.dtype for m in by_name["demo"]} == {"float32"}
+    assert {m.dtype for m in by_name["demo"]} == {"bfloat16"}
     assert len(by_name["demo"]) == 2
     assert len(by_name["demo-3"]) == 3
 
