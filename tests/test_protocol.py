@@ -15,11 +15,11 @@ import pytest
 from pipespec.simulate import Faults, scenario
 
 CAMPAIGNS = {
-    "RELIABLE": (scenario.RELIABLE, 1500),
-    "CRASHES": (scenario.CRASHES, 500),
-    "LOSSY": (scenario.LOSSY, 500),
-    "EVERYTHING": (scenario.EVERYTHING, 500),
-    "UNEQUAL": (scenario.UNEQUAL, 300),
+    "RELIABLE": (scenario.RELIABLE, 600),
+    "CRASHES": (scenario.CRASHES, 200),
+    "LOSSY": (scenario.LOSSY, 200),
+    "EVERYTHING": (scenario.EVERYTHING, 200),
+    "UNEQUAL": (scenario.UNEQUAL, 120),
 }
 
 
@@ -38,6 +38,14 @@ def test_every_stage_keeps_every_promise_and_the_text_is_the_targets_own(name: s
     faults, num_seeds = CAMPAIGNS[name]
     counts = run_seeds(faults, range(num_seeds))
     assert counts["Output"] >= num_seeds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_so_it_is_with_many_more_seeds(name: str) -> None:
+    faults, num_seeds = CAMPAIGNS[name]
+    counts = run_seeds(faults, range(num_seeds, 10 * num_seeds))
+    assert counts["Output"] >= 9 * num_seeds
 
 
 def test_the_seeds_meet_the_cases_that_matter() -> None:
