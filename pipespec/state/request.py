@@ -157,10 +157,8 @@ class RequestState:
     def on_verdict(self, verdict: Verdict) -> list[Outgoing]:
         """The next stage's own tokens from `start` on; ours follow them."""
         expected = verdict.number == self.verdict_seen + 1
-        if verdict.number <= self.verdict_seen or not (expected or verdict.full):
-            self.counts.num_dropped_verdicts += 1
-            return []
-        if verdict.start > len(self.seq):
+        is_next = verdict.number > self.verdict_seen and (expected or verdict.full)
+        if not is_next or verdict.start > len(self.seq):
             self.counts.num_dropped_verdicts += 1
             return []
         self.verdict_seen = verdict.number
@@ -354,6 +352,7 @@ class RequestState:
             if self.is_ended or self.room <= 0:
                 break
             self._push(token)
+            self.counts.num_drafted += 1
         self.sent = min(len(self.seq), branch.position + max(num_known, branch.num_sent))
         self.keep_start, self.keep = branch.position, tuple(branch.rows)
         self._cut_keep(len(self.seq))
@@ -406,7 +405,7 @@ class RequestState:
     def _send_up(self, first_new: int) -> list[Outgoing]:
         """Own tokens from `first_new` on, to the stage above and, from the target, as output."""
         tokens = tuple(self.seq[first_new:])
-        outgoing: list[Outgoing] = []
+        outgoing = list[Outgoing]()
         if not tokens:
             return outgoing
         if not self.role.is_first:  # first, because somebody may wait for it
