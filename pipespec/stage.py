@@ -17,6 +17,7 @@ from pipespec.policy import make_policy
 from pipespec.runners.base import BranchingRunner, ModelRunner, Row, TailToken, TreeRow
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
+from pipespec.state.tail import Feed
 from pipespec.transport import Transport
 
 DUTIES_S: Final = 1.0
@@ -86,7 +87,7 @@ class StageLoop:
         slot = self._slots.slot_of(step.request)
         row = Row(slot, step.start, step.ids, step.num_draws, sampling)
         start_s = self._clock()
-        draws = self._draws(row, step)
+        draws = self._draws(row, step.tail, step.keep, step.keep_start)
         while len(draws) <= step.num_more and self.state.goes_on(step):
             row = row.after(draws[-1][0])
             draws += self._draws(row)
@@ -99,15 +100,13 @@ class StageLoop:
             self._drain(0.0)
         self.state.learn()
 
-    def _draws(self, row: Row, step: Step | None = None) -> list[tuple[int, ...]]:
-        """step: with what is beside the row in it."""
+    def _draws(
+        self, row: Row, tail: Sequence[Feed] = (), keep: Sequence[int] = (), keep_start: int = 0
+    ) -> list[tuple[int, ...]]:
         num_ranked = 1 + self.state.role.outcomes.num_ranked
-        tail = [] if step is None else step.tail
-        keep = () if step is None else step.keep
         if num_ranked == 1 and not tail and not keep:
             return [(token,) for token in self._slots.runner.forward([row])[0]]
         tokens = [TailToken(x.token, x.position, x.row, x.parent_row) for x in tail]
-        keep_start = 0 if step is None else step.keep_start
         tree = TreeRow(row, tokens, keep, keep_start, num_ranked)
         runner = cast(BranchingRunner, self._slots.runner)  # isinstance() would take 20 us
         return runner.forward_tree(tree)

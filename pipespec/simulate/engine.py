@@ -120,7 +120,7 @@ class Simulation:
         """Raises InvariantViolation, naming the broken promise."""
         for submit in self.submits.values():
             self._journal.open(submit.request, len(submit.prompt))
-            self._at(self._random_s(self._latency_s * 5), self._submitter(submit))
+            self._at(self._random_s(self._latency_s * 5), partial(self._enter, submit))
         last = len(self.stages) - 1
         if self._faults.any:
             for index in range(len(self.stages)):
@@ -369,6 +369,10 @@ class Simulation:
             self.report.end_s = self._now_s
             self._to_target(Finish(message.request))
 
+    def _enter(self, submit: Submit) -> None:
+        self._entered.add(submit.request)
+        self._to_target(submit)
+
     def _to_target(self, message: Message) -> None:
         last = len(self.stages) - 1
         frame = Frame(LAUNCHER, 1, self._incarnations[last], 0, message)
@@ -396,15 +400,6 @@ class Simulation:
                     committed = tuple(self._journal.entries[submit.request].tokens)
                     self._to_target(replace(submit, committed=committed))
         self._act(index)
-
-    # -- events as closures (a loop variable must be bound when the event is made) ---------------
-
-    def _submitter(self, submit: Submit) -> Callable[[], None]:
-        def enter() -> None:
-            self._entered.add(submit.request)
-            self._to_target(submit)
-
-        return enter
 
     def _ticker(self, index: int) -> Callable[[], None]:
         def tick() -> None:

@@ -74,7 +74,8 @@ class RankStats:
 
     def num_alive(self) -> int:
         """Tokens after which the rest of a text is as good as dead."""
-        return int(math.log(LEAST_ALIVE) / math.log(min(self.agreement, 0.999)))
+        agreement = min(max(self.agreement, 1e-9), 0.999)
+        return int(math.log(LEAST_ALIVE) / math.log(agreement))
 
     def share(self, rank: int) -> float:
         """Chance that a correction is the alternative of this rank, counted from 0."""
