@@ -84,7 +84,7 @@ def test_every_strategy_is_measured_with_real_processes(tmp_path: Path) -> None:
             transport="ipc",
             ready_timeout_s=60.0,
         )
-    for seconds in (found.greedy_s, found.chain_s, found.async_s):
+    for seconds in (found.greedy_s, found.chain_s):
         assert 0.0 < seconds < 0.05
-    for seconds in (found.send_s, found.token_s, found.latency_s):
-        assert 0.0 <= seconds < 0.05
+    for seconds in (found.async_s, found.send_s, found.token_s, found.latency_s):
+        assert 0.0 <= seconds < 0.05, "nothing where a busy machine's waits hide it"
