@@ -22,6 +22,7 @@ LAYERS = (
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),
     ("runners", "data", "demo"),
+    ("forwards",),
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
