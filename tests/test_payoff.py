@@ -93,7 +93,7 @@ def counts(**values: Any) -> StageCounts:
 
 
 def test_a_longer_forward_never_takes_less_than_a_shorter_one() -> None:
-    """Of 2 tokens 10 and 20 ms, of 3 tokens 12 ms: both 14 ms, the mean of all three."""
+    """Of 2 tokens 10 and 20 ms, of 3 tokens 12 ms: both have the median of all three."""
     stage = counts(
         query_lengths=[1, 2, 2, 3, 8],
         step_times_s=[0.006, 0.010, 0.020, 0.012, 0.015],
@@ -102,7 +102,7 @@ def test_a_longer_forward_never_takes_less_than_a_shorter_one() -> None:
     )
     times = step_times([stage])
     found = [1e3 * times.forward_s(length, context=0) for length in (1, 2, 3, 8, 24, 40, 500)]
-    assert found == pytest.approx([6.0, 14.0, 14.0, 15.0, 35.0, 55.0, 55.0])
+    assert found == pytest.approx([6.0, 12.0, 12.0, 15.0, 35.0, 55.0, 55.0])
 
 
 def test_only_candidates_after_accepted_ones_say_how_often_one_is_accepted() -> None:
@@ -115,9 +115,9 @@ def test_only_candidates_after_accepted_ones_say_how_often_one_is_accepted() -> 
 
 def test_stages_that_are_no_neighbours_agree_less_often_than_neighbours() -> None:
     assert agreement([0.7]) == 0.7
-    assert agreement([0.7, 0.75]) == pytest.approx(0.63)
+    assert agreement([0.7, 0.75]) == pytest.approx(0.665)
     assert agreement([0.7, 0.99]) == pytest.approx(0.693)
-    assert agreement([0.9, 0.5, 0.9]) == pytest.approx(0.405)
+    assert agreement([0.9, 0.5, 0.9]) == pytest.approx(0.45125)
 
 
 def test_a_stage_that_gains_little_stays() -> None:

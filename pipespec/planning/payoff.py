@@ -1,8 +1,6 @@
 """Which stages of a run did not pay: what it counted, simulated with and without each of them.
 
-Pure. Knows nothing of the texts but how long they were and how often a candidate was accepted. It
-rather promises too little of a smaller hierarchy: step times are those of the run, where stages
-slowed each other down and may never have had a forward as short as they will have then.
+Pure. Knows nothing of the texts but how long they were and how often a candidate was accepted.
 """
 
 from __future__ import annotations
@@ -10,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
+from statistics import median
 from typing import Final
 
 from pipespec.config import SamplingParams, Schedule
 from pipespec.emulation import TokenOracle
 from pipespec.emulation.model import NUM_TAIL_ROWS
+from pipespec.emulation.oracle import DEMO_RANK_EXPONENT
 from pipespec.messages import Submit
 from pipespec.metrics import StageCounts
 from pipespec.metrics.definitions import ratio
@@ -26,7 +26,8 @@ from pipespec.planning.trace import TraceOracle
 
 MIN_GAIN: Final = 0.05  # of the speed with all stages; less is chance
 NUM_TOKENS: Final = 400  # to simulate of each subset; half a second where drafts are many
-_KEPT: Final = 0.9  # see `agreement`
+_KEPT: Final = 0.95  # see `agreement`
+_NUM_RANKED: Final = 16  # as many as `Schedule.outcomes` may be
 _VOCAB_SIZE: Final = 4096
 _VERY_LONG: Final = 1 << 30  # tokens in a forward
 
@@ -82,12 +83,15 @@ def payoff(
     whole, system = tuple(range(target + 1)), _system(texts)
     num_tokens = sum(text.num_tokens for text in texts)
     found = {whole: num_tokens / sum(text.total_s for text in texts)}
-    # What the simulation of the run is off by, that of a part of its stages is about, too.
+    # What the simulation does not know (processes that share a core, above all) grows with the
+    # number of processes: it is right for the target alone, and off by this much for all stages.
     scale = found[whole] / system.predict(Choice(whole, "async-chain", schedule)).tokens_per_s
     for num_drafts in range(1, target):
         for drafts in combinations(range(target), num_drafts):
             choice = Choice((*drafts, target), "async-chain", schedule)
-            found[choice.stages] = scale * system.predict(choice).tokens_per_s
+            found[choice.stages] = (
+                scale ** (num_drafts / target) * system.predict(choice).tokens_per_s
+            )
     if greedy_tokens_per_s is None:
         greedy_tokens_per_s = system.predict(Choice((target,), "greedy")).tokens_per_s
     found[target,] = greedy_tokens_per_s
@@ -97,8 +101,10 @@ def payoff(
 def step_times(stage: Sequence[StageCounts], default_s: float = math.inf) -> MeasuredTimes:
     """How long forwards of a stage took, by number of tokens, prompts included.
 
-    A longer forward never takes less: what contradicts that is chance, and is averaged. Outside of
-    what was measured times are flat. default_s: of a stage that had not finished any forward.
+    Medians: processes that share a core interrupt each other now and then, for many times as long
+    as a forward takes. A longer forward never takes less: what contradicts that is chance, and is
+    pooled. Outside of what was measured times are flat. default_s: of a stage that had not finished
+    any forward.
     """
     forwards = [item for text in stage for item in zip(text.query_lengths, text.step_times_s)]
     forwards += [(text.num_prefill_tokens, text.prefill_s) for text in stage]
@@ -121,12 +127,12 @@ def acceptance(verifier: Sequence[StageCounts]) -> float:
 
 
 def agreement(between: Sequence[float]) -> float:
-    """A low guess at how often two stages agree, of how often neighbours from one to the other do.
+    """A guess at how often two stages agree, of how often neighbours from one to the other do.
 
     Only that of neighbours is measured by a run. The product would be it if mistakes had nothing to
     do with each other, but models find the same tokens hard: of the demo family, greedy or sampled,
     on its own text or on other text, draft and target agree 0.87 to 0.98 times as often as the less
-    agreeing pair of the three, and 1.3 to 1.8 times as often as the product says.
+    agreeing of the two pairs between them, and 1.3 to 1.8 times as often as the product says.
     """
     return max(math.prod(between), _KEPT ** (len(between) - 1) * min(between))
 
@@ -167,10 +173,13 @@ def _system(texts: Sequence[WrittenText]) -> System:
 
 
 def _foreseen(stage: Sequence[StageCounts]) -> list[float]:
-    """The share of corrections for which a draft had prepared, as if all had been its second
-    choice. All 0 if it prepares nothing."""
-    num_hits = sum(text.num_outcome_hits for text in stage)
-    return [ratio(num_hits, sum(text.num_corrections for text in stage)) or 0.0]
+    """How often the right token is the second, third, ... choice of a draft that is wrong. Its hits
+    do not tell, for it may not have had the time to prepare; this is the law of emulated models,
+    which is that of the demo family. Nothing if it did not prepare at all."""
+    if not any(text.num_outcome_hits for text in stage):
+        return []
+    missed = [number**-DEMO_RANK_EXPONENT for number in range(1, _NUM_RANKED + 2)]
+    return [before - after for before, after in pairwise(missed)]
 
 
 def _submits(texts: Sequence[WrittenText]) -> tuple[Submit, ...]:
@@ -184,19 +193,14 @@ def _submits(texts: Sequence[WrittenText]) -> tuple[Submit, ...]:
 
 
 def _rising(forwards: Iterable[tuple[int, float]]) -> Points:
-    """Mean milliseconds by number of tokens, made to rise by pooling neighbours that fall (the
-    least-squares fit; pool-adjacent-violators)."""
+    """Median milliseconds by number of tokens, made to rise by pooling neighbours that fall."""
     by_length: dict[int, list[float]] = {}
     for length, seconds in forwards:
         by_length.setdefault(length, []).append(1e3 * seconds)
     pools: list[tuple[list[int], list[float]]] = []
     for length, times_ms in sorted(by_length.items()):
         pools.append(([length], times_ms))
-        while len(pools) > 1 and _mean(pools[-2][1]) >= _mean(pools[-1][1]):
+        while len(pools) > 1 and median(pools[-2][1]) >= median(pools[-1][1]):
             lengths, more_ms = pools.pop()
             pools[-1] = (pools[-1][0] + lengths, pools[-1][1] + more_ms)
-    return [(length, _mean(times_ms)) for lengths, times_ms in pools for length in lengths]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return [(length, median(times_ms)) for lengths, times_ms in pools for length in lengths]
