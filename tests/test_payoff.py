@@ -86,7 +86,7 @@ def test_stages_that_do_not_pay_are_found(
 
 def counts(**values: Any) -> StageCounts:
     """Of a text with one step for each item of its lists."""
-    emitted = values.get("emitted") or values.get("query_lengths")
+    emitted = values.get("emitted", values.get("query_lengths", ()))
     lists = dict.fromkeys(("step_times_s", "query_lengths", "offered", "accepted", "emitted"))
     given = {name: [0] * len(emitted) for name in lists} | {"num_steps": len(emitted)}
     return StageCounts.from_values(Counts().to_values() | given | values)
@@ -100,9 +100,10 @@ def test_a_longer_forward_never_takes_less_than_a_shorter_one() -> None:
         num_prefill_tokens=40,
         prefill_s=0.055,
     )
-    times = step_times([stage])
+    times = step_times([stage], default_s=1.0)
     found = [1e3 * times.forward_s(length, context=0) for length in (1, 2, 3, 8, 24, 40, 500)]
     assert found == pytest.approx([6.0, 12.0, 12.0, 15.0, 35.0, 55.0, 55.0])
+    assert step_times([counts(emitted=[])], default_s=1.0).forward_s(3, context=0) == 1.0
 
 
 def test_only_candidates_after_accepted_ones_say_how_often_one_is_accepted() -> None:

@@ -89,16 +89,15 @@ def payoff(
     for num_drafts in range(1, target):
         for drafts in combinations(range(target), num_drafts):
             choice = Choice((*drafts, target), "async-chain", schedule)
-            found[choice.stages] = (
-                scale ** (num_drafts / target) * system.predict(choice).tokens_per_s
-            )
+            simulated = system.predict(choice).tokens_per_s
+            found[choice.stages] = scale ** (num_drafts / target) * simulated
     if greedy_tokens_per_s is None:
         greedy_tokens_per_s = system.predict(Choice((target,), "greedy")).tokens_per_s
     found[target,] = greedy_tokens_per_s
     return Payoff(found, num_tokens)
 
 
-def step_times(stage: Sequence[StageCounts], default_s: float = math.inf) -> MeasuredTimes:
+def step_times(stage: Sequence[StageCounts], default_s: float) -> MeasuredTimes:
     """How long forwards of a stage took, by number of tokens, prompts included.
 
     Medians: processes that share a core interrupt each other now and then, for many times as long
