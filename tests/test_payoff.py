@@ -27,7 +27,7 @@ NAMES = ("draft", "middle", "target")
 
 USELESS_MIDDLE = (
     {"step_ms": {"1": 1}, "agreement": 0.8},
-    {"step_ms": {"1": 18}, "agreement": 0.98},
+    {"step_ms": {"1": 30}, "agreement": 0.98},
     {"step_ms": {"1": 20}},
 )
 DRAFT_THAT_NEVER_AGREES = (

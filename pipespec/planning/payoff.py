@@ -25,7 +25,7 @@ from pipespec.planning.times import MeasuredTimes, Points
 from pipespec.planning.trace import TraceOracle
 
 MIN_GAIN: Final = 0.05  # of the speed with all stages; less is chance
-NUM_TOKENS: Final = 400  # to simulate of each subset; half a second where drafts are many
+NUM_TOKENS: Final = 1200  # to simulate in all: 1 s, and up to 5 s of four very unequal models
 _KEPT: Final = 0.95  # see `agreement`
 _NUM_RANKED: Final = 16  # as many as `Schedule.outcomes` may be
 _VOCAB_SIZE: Final = 4096
@@ -166,7 +166,7 @@ def _system(texts: Sequence[WrittenText]) -> System:
         models.append(PlanModel(str(index), times, times, num_tail_rows=num_tail_rows))
     return System(
         models=tuple(models),
-        submits=_submits(texts),
+        submits=_submits(texts, NUM_TOKENS >> (len(stages) - 1)),
         oracles=_Oracles([acceptance(stage) for stage in stages[1:]], foreseen),
     )
 
@@ -181,14 +181,14 @@ def _foreseen(stage: Sequence[StageCounts]) -> list[float]:
     return [before - after for before, after in pairwise(missed)]
 
 
-def _submits(texts: Sequence[WrittenText]) -> tuple[Submit, ...]:
-    """About `NUM_TOKENS` tokens in texts of these lengths, again and again if they are few."""
-    num_rounds = math.ceil(NUM_TOKENS / sum(text.num_tokens for text in texts))
+def _submits(texts: Sequence[WrittenText], num_tokens: int) -> tuple[Submit, ...]:
+    """About so many tokens in texts of these lengths, again and again if they are few."""
+    num_rounds = math.ceil(num_tokens / sum(text.num_tokens for text in texts))
     submits = []
     for number, text in enumerate([*texts] * num_rounds):
         prompt = (*range(text.counts[-1].num_prefill_tokens - 1), number)
         submits.append(Submit(number, prompt, (), SamplingParams(), text.num_tokens, (), ()))
-    return sample(submits, NUM_TOKENS)
+    return sample(submits, num_tokens)
 
 
 def _rising(forwards: Iterable[tuple[int, float]]) -> Points:
