@@ -46,12 +46,18 @@ class Hierarchy:
     @property
     def target_only(self) -> Hierarchy:
         """The same target where it stood, without drafts: what `greedy` loads."""
+        return self.only((len(self.models) - 1,))
+
+    def only(self, stages: Sequence[int]) -> Hierarchy:
+        """Some of the models, by index in rising order, the target among them. Each stays where it
+        stood."""
+        assert stages[-1] == len(self.models) - 1
         return replace(
             self,
-            models=self.models[-1:],
-            folders=self.folders[-1:],
-            tokenizer_folders=self.tokenizer_folders[-1:],
-            placements=self.placements[-1:],
+            models=tuple(self.models[stage] for stage in stages),
+            folders=tuple(self.folders[stage] for stage in stages),
+            tokenizer_folders=tuple(self.tokenizer_folders[stage] for stage in stages),
+            placements=tuple(self.placements[stage] for stage in stages),
         )
 
     def limited_to(self, num_positions: int) -> Hierarchy:
