@@ -52,8 +52,7 @@ class Role:
         num_rows = (tail_rows - ahead - budget.length - 1) // 2 - schedule.tree
         budget = replace(budget, num_rows=min(budget.num_rows, num_rows))
         can_branch = num_rows >= LEAST_ROWS
-        is_original = schedule.policy == "pipespec"  # which drafts on, however unlikely
-        least = ahead if is_original else max(LEAST_AHEAD, schedule.lookahead or 0)
+        least = max(LEAST_AHEAD, schedule.lookahead or 0) if schedule.stops_where_dead else ahead
         return cls(
             index,
             num_stages,
