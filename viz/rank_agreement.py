@@ -86,7 +86,8 @@ def _main(arguments: Sequence[str] | None) -> int:
             for name, models in configs.items()
         ]
     save(draw(panels, workload), options.output)
-    print(f"{len(panels)} configs, simulated: {options.output}")
+    count = f"{len(panels)} config{'s' if len(panels) > 1 else ''}"
+    print(f"{count}, simulated: {options.output}")
     return 0
 
 

@@ -17,6 +17,7 @@ from pipespec.config import Schedule
 from pipespec.planning.system import Choice, System
 from pipespec.simulate.prediction import Prediction
 
+
 def simulate(
     contestants: Sequence[Contestant],
     system: System,
