@@ -66,7 +66,7 @@ def test_the_command_draws_without_torch(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == f"1 config, simulated: {picture}\n"
+    assert run.stdout == f"emulated, emulated and simulated: {picture}\n"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -78,16 +78,13 @@ def _main(arguments: Sequence[str] | None) -> int:
             raise UsageError(f"--{flag} is {value}; it must be a positive integer")
     check_format(options.output)
     paths = [find_models_config(text) for text in options.models_config_path]
-    configs = {path.stem: load_models_config(path) for path in paths}
+    configs = [(path.stem, load_models_config(path)) for path in paths]
     workload = Workload(options.num_texts, new_tokens=options.new_tokens)
     with Display(make_console(stderr=True)).news() as news:
-        panels = [
-            simulate(name, models, workload, lambda what, name=name: news(f"{name}: {what}"))
-            for name, models in configs.items()
-        ]
+        panels = [simulate(name, models, workload, news) for name, models in configs]
     save(draw(panels, workload), options.output)
-    count = f"{len(panels)} config{'s' if len(panels) > 1 else ''}"
-    print(f"{count}, simulated: {options.output}")
+    names = ", ".join(panel.name for panel in panels)
+    print(f"{names}, emulated and simulated: {options.output}")
     return 0
 
 
@@ -129,14 +126,14 @@ def simulate(
     """
     if len(models) < 2:
         raise UsageError(f"--models-config-path: {name} has no draft, so nothing is corrected")
-    on_progress("greedy and chain")
+    on_progress(f"simulating {name}: greedy and chain")
     system = _system(models, workload)
     greedy = system.predict(Choice((system.target,), "greedy")).tokens_per_s
     chains = [_predict(system, "chain", Schedule(lookahead=n)) for n in CHAIN_LOOKAHEADS]
     without = _predict(system, "async-chain", NO_OUTCOMES)
     curves: dict[str, list[Point]] = {label: [] for label in SCHEDULES}
     for share in SHARES:
-        on_progress(f"second choice right in {share:.0%}")
+        on_progress(f"simulating {name}: {share:.0%} of corrections ranked second")
         system = _system([_with_share(model, share) for model in models], workload)
         for label, schedule in SCHEDULES.items():
             found = _predict(system, "async-chain", schedule)
