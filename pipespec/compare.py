@@ -295,8 +295,9 @@ def _race(
     if not options.simulated:
         _race_processes(contestants, settings, inputs, options, record, path)
     else:
-        with Display(make_console(stderr=True)).news() as news:
-            system, _ = make_system(settings, inputs, None, Display(make_console(stderr=True)))
+        progress = Display(make_console(stderr=True))
+        system, _ = make_system(settings, inputs, None, progress)
+        with progress.news() as news:
             simulate(contestants, system, inputs, record, path, news)
     if not record.turns:
         why = (f"{entrant.key}: {entrant.left_out}" for entrant in record.entrants)
