@@ -52,10 +52,9 @@ class Role:
         num_rows = (tail_rows - ahead - budget.length - 1) // 2 - schedule.tree
         budget = replace(budget, num_rows=min(budget.num_rows, num_rows))
         can_branch = num_rows >= LEAST_ROWS
-        is_original = schedule.policy == "pipespec"  # which drafts on, however unlikely
         # What a stage between drafts has been accepted once: that it is likely says more.
-        goes_on = is_original or index > 0
-        least = ahead if goes_on else max(LEAST_AHEAD, schedule.lookahead or 0)
+        heeds = schedule.stops_where_dead and index == 0
+        least = max(LEAST_AHEAD, schedule.lookahead or 0) if heeds else ahead
         return cls(
             index,
             num_stages,
