@@ -57,7 +57,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def assert_draws_without_torch(module: str, source: Path, says: str) -> None:
-    """The script draws a picture of what is at `source` and prints `says` and the picture's path."""
+    """The script draws what is at `source` and prints `says` and the path of the picture."""
     picture = source.with_name("picture.png")
     code = (
         f"import sys; from {module} import main\n"
