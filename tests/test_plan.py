@@ -69,13 +69,12 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def tiny_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three tiny models, each a blurred copy of the target, and two prompts."""
+    """A tiny model, a blurred copy of it as its draft, and two prompts."""
     folder = tmp_path_factory.mktemp("models")
     target = make_tiny(folder / "target", vocab_size=END + 1, seed=0, **OPTIONS)
     blurred(target, folder / "draft", 0.02)
-    blurred(target, folder / "middle", 0.005)
     entries = []
-    for name in ("draft", "middle", "target"):
+    for name in ("draft", "target"):
         save_tokenizer(folder / name)
         entries.append({"path": name, "devices": "cpu", "dtype": "float32", "threads": 1})
     (folder / "models.json").write_text(json.dumps(entries))

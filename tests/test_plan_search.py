@@ -41,7 +41,7 @@ TARGET = model("target", 20.0)
 # Searched once, looked at by several tests. The draft can branch: its long forwards cost nothing.
 @cache
 def pair() -> System:
-    return system_of(model("draft", 2.0, agreement=0.7), TARGET)
+    return system_of(model("draft", 2.0, agreement=0.7), TARGET, num_tokens=40)
 
 
 @cache
