@@ -190,6 +190,8 @@ class Oracle:
         seen = set() if is_end else {index}
         wanted = self.stretches and self._next_is_hard(prefix_hash)
         for attempt in range(_TRIES):
+            if len(seen) == count:
+                return  # of a small vocabulary, all
             stream = _WRONG + self.seed + self.own + attempt * _STRIDE
             other = (index + 1 + extend(prefix_hash, stream) % (count - 1)) % count
             token = self._id(other)
