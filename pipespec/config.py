@@ -93,8 +93,8 @@ class Schedule:
     outcomes: other tokens a position, each a case that a draft prepares for, -1 for what the policy
     takes: 4, and 0 for "pipespec"; chain prepares none.
     tree: candidates of prepared outcomes that a verification may score beside the main path.
-    confidence: a first draft of async-chain stops where its text is as good as dead; None for what the
-    policy does: "adaptive" stops, "pipespec" drafts on.
+    confidence: a first draft of async-chain stops where its text is as good as dead; None for what
+    the policy does: "adaptive" stops, "pipespec" drafts on.
     """
 
     policy: str = "adaptive"
