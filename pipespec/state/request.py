@@ -19,6 +19,7 @@ place of its shared counters.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -45,9 +46,9 @@ class RequestState:
     __slots__ = (
         "acked", "adopted", "ahead", "burst", "candidate_stats", "cands", "check_finish",
         "context_is_short", "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact",
-        "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent",
-        "outcomes", "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit",
-        "verdict_seen", "waiting_until",
+        "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_output",
+        "num_verdicts_sent", "outcomes", "output_at_s", "prompt_len", "request", "role", "rows",
+        "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
@@ -73,8 +74,8 @@ class RequestState:
             if role.is_last:
                 self.finish_reason = check_finish(token)
         self.sent = self.acked = len(self.seq)
-        self.num_verdicts_sent = 0
-        self.verdict_seen = 0
+        self.num_verdicts_sent = self.verdict_seen = 0
+        self.num_output, self.output_at_s = len(self.seq), -math.inf
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
         self.step: Step | None = None  # the forward in flight
         self.burst = Burst(set())
@@ -263,7 +264,7 @@ class RequestState:
             return []
         num_accepted, num_emitted = self._take(step, draws)
         self.counts.log_step(self.burst.steps, num_accepted, num_emitted, start_s, end_s)
-        return self._send_up(len(self.seq) - num_emitted) + self.flush()
+        return self._send_up(len(self.seq) - num_emitted, end_s) + self.flush()
 
     def _take(self, step: Step, draws: Sequence[Ranked]) -> tuple[int, int]:
         """Own tokens follow: the candidates that were drawn, and one more. Returns how many
@@ -402,7 +403,7 @@ class RequestState:
         self.counts.num_rollbacks += 1
         self.counts.num_rolled_back += num_removed
 
-    def _send_up(self, first_new: int) -> list[Outgoing]:
+    def _send_up(self, first_new: int, now_s: float = 0.0) -> list[Outgoing]:
         """Own tokens from `first_new` on, to the stage above and, from the target, as output."""
         tokens = tuple(self.seq[first_new:])
         outgoing = list[Outgoing]()
@@ -413,7 +414,10 @@ class RequestState:
             number = self.num_verdicts_sent
             verdict = Verdict(self.request, number, first_new, tokens, False)
             outgoing.append((Link.UP, verdict))
-        if self.role.is_last:
-            output = Output(self.request, first_new, tokens, self.finish_reason)
+        is_due = now_s - self.output_at_s >= self.role.output_every_s
+        if self.role.is_last and (is_due or self.finish_reason):
+            tokens = tuple(self.seq[self.num_output :])
+            output = Output(self.request, self.num_output, tokens, self.finish_reason)
             outgoing.append((Link.LAUNCHER, output))
+            self.num_output, self.output_at_s = len(self.seq), now_s
         return outgoing
