@@ -54,6 +54,6 @@ def run_choices(
         run_strategy(run, chosen, inputs, greedy, display)
         results = load_results(run.path).results
         greedy = results if is_greedy else greedy
-        ideal, shared, real = (system.predict(choice, cost=cost) for cost in Cost)
-        trials.append(Trial(choice, run.path, summarise(results), ideal, shared, real))
+        predictions = {cost: system.predict(choice, cost=cost) for cost in Cost}
+        trials.append(Trial(choice, run.path, summarise(results), predictions))
     return trials

@@ -46,12 +46,16 @@ class Hierarchy:
     @property
     def target_only(self) -> Hierarchy:
         """The same target where it stood, without drafts: what `greedy` loads."""
+        return self.part([len(self.models) - 1])
+
+    def part(self, stages: Sequence[int]) -> Hierarchy:
+        """Some of the models, each where it stood; the target must be the last."""
         return replace(
             self,
-            models=self.models[-1:],
-            folders=self.folders[-1:],
-            tokenizer_folders=self.tokenizer_folders[-1:],
-            placements=self.placements[-1:],
+            models=tuple(self.models[stage] for stage in stages),
+            folders=tuple(self.folders[stage] for stage in stages),
+            tokenizer_folders=tuple(self.tokenizer_folders[stage] for stage in stages),
+            placements=tuple(self.placements[stage] for stage in stages),
         )
 
     def limited_to(self, num_positions: int) -> Hierarchy:

@@ -59,6 +59,7 @@ class _Process:
     state: StageState
     oracle: TokenOracle
     is_up: bool = True
+    is_busy: bool = False  # with what its loop does beside forwards
     step: Step | None = None
     draws: list[Ranked] = field(default_factory=list)
     step_start_s: float = 0.0
@@ -201,7 +202,7 @@ class Simulation:
             self.report.counts["lost at a dead stage"] += 1
             return
         process.inbox.append(item)
-        if process.step is None or self._apply_mid_step:
+        if (process.step is None and not process.is_busy) or self._apply_mid_step:
             self._drain(index)
         self._act(index)
 
@@ -257,13 +258,16 @@ class Simulation:
 
     def _act_in_turn(self) -> None:
         for index in reversed(range(len(self._processes))):
-            if any(process.step is not None for process in self._processes):
+            if any(process.step is not None or process.is_busy for process in self._processes):
                 return
+            if index == 0 < len(self._processes) - 1:  # no more than the next stage waits for
+                num_missing = self._processes[1].state.num_missing(self._now_s)
+                self._processes[0].state.role.batch = max(1, num_missing)
             self._step(index)
 
     def _step(self, index: int) -> None:
         process = self._processes[index]
-        if process.step is not None or not process.is_up:
+        if process.step is not None or process.is_busy or not process.is_up:
             return
         decision = process.state.decide(self._now_s)
         if decision.step is None:
@@ -288,19 +292,7 @@ class Simulation:
             step_s += model_s(1)
         step_s = self._random_s(step_s)
         process.step_end_s = self._now_s + step_s
-        self._at(step_s, lambda: self._end_forward(index, process))
-
-    def _end_forward(self, index: int, process: _Process) -> None:
-        """The loop takes its time for itself, and for drafts that arrived during the forward;
-        prepared branches, which repeat what is known, cost it little."""
-        stage, messages = self.stages[index], [item.frame.message for item in process.inbox]
-        drafts = [each for each in messages if isinstance(each, Draft) and not each.parents]
-        num_tokens = sum(len(draft.tokens) for draft in drafts)
-        busy_s = stage.between_s + stage.token_s * num_tokens
-        if busy_s:
-            self._at(busy_s, lambda: self._finish_step(index, process))
-        else:
-            self._finish_step(index, process)
+        self._at(step_s, lambda: self._finish_step(index, process))
 
     def _draws(
         self, oracle: TokenOracle, request: RequestState, step: Step, cache: Cache
@@ -343,7 +335,19 @@ class Simulation:
         self._transmit(index, frames, cause)
         self._drain(index)
         process.state.learn()
-        self._act(index)
+        between_s = self.stages[index].between_s
+        if between_s:
+            process.is_busy = True
+            self._at(between_s, partial(self._end_loop, index, process))
+        else:
+            self._act(index)
+
+    def _end_loop(self, index: int, process: _Process) -> None:
+        """What followed from a forward was said when it ended; only now is the stage free."""
+        process.is_busy = False
+        if self._processes[index] is process and process.is_up:
+            self._drain(index)
+            self._act(index)
 
     # -- launcher, faults -------------------------------------------------------------------
 

@@ -16,15 +16,13 @@ from pipespec.state.step import Role
 class SimStage:
     """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws.
 
-    between_s: what its loop spends outside of each forward, and token_s more for each drafted token
-    that arrived meanwhile; the stage is not free then."""
+    between_s: what its loop spends after each step before it can start the next one."""
 
     role: Callable[[], Role]
     policy: Callable[[], Policy]
     step_s: Callable[[int], float]
     oracle: TokenOracle
     between_s: float = 0.0
-    token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
