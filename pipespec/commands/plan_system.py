@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from pipespec.commands.display import Display
 from pipespec.commands.inputs import Inputs
 from pipespec.commands.settings import Settings
-from pipespec.config import ModelConfig
 from pipespec.messages import Submit
 from pipespec.planning.measure import Job, measure
 from pipespec.planning.measured import measured_system, overheads_of
 from pipespec.planning.profile import Profile, identity_of, read_profile, write_profile
-from pipespec.planning.system import System, emulated_system
+from pipespec.planning.system import System, emulated_system, is_emulated
 from pipespec.results import describe_environment
-
-
-def is_emulated(models: Sequence[ModelConfig]) -> bool:
-    """Whether none has weights."""
-    return all(model.emulated is not None for model in models)
 
 
 def make_system(

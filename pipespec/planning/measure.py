@@ -1,9 +1,8 @@
 """Measures a hierarchy part by part into a `Profile`: times, texts, draws, what stages cost others.
 
-Models are measured in processes of their own, where their stages would run; then the strategies run
-for a moment. Of emulated models, whose tables say how long forwards take and what is drawn, only the
-latter is measured. What a profile holds already is not measured again, and it is handed out after
-each part, to be kept.
+Models are measured in processes of their own, where their stages would run; then the strategies
+run for a moment, which is all that is measured of emulated models: their tables say the rest. What
+a profile holds already is not measured again, and it is handed out after each part, to be kept.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from pipespec.planning.meters import MeterProcess, Meters
 from pipespec.planning.profile import Profile
 from pipespec.planning.running import Runs
 from pipespec.planning.search import MOST_OUTCOMES
+from pipespec.planning.system import is_emulated
 from pipespec.runners.base import Row, TailToken, TreeRow
 from pipespec.worker_spec import StageSpec
 
@@ -61,12 +61,9 @@ class Job:
             *("greedy", "in-chain", "hop"),
             *("/".join(map(str, ("async", *chosen, count - 1))) for chosen in drafts),
         ]
-        return running if self.is_emulated else [*self._parts_of_models(), *running]
-
-    @property
-    def is_emulated(self) -> bool:
-        """Whether no model has weights."""
-        return all(model.emulated is not None for model in self.hierarchy.models)
+        if is_emulated(self.hierarchy.models):
+            return running
+        return [*self._parts_of_models(), *running]
 
     def _parts_of_models(self) -> list[str]:
         count = len(self.hierarchy.models)

@@ -16,6 +16,7 @@ from pipespec.planning.system import (
     StageCost,
     System,
     emulated_system,
+    is_emulated,
 )
 from pipespec.planning.times import MeasuredTimes, Points
 from pipespec.planning.trace import (
@@ -74,7 +75,7 @@ def plan_models(
     parts: Mapping[str, Any], models: Sequence[ModelConfig], vocab_size: int
 ) -> tuple[PlanModel, ...]:
     """The models alone: as their tables say if all are emulated, else as measured."""
-    if all(model.emulated is not None for model in models):
+    if is_emulated(models):
         return emulated_system(models, (), vocab_size).models
     return tuple(_plan_model(parts, index, model) for index, model in enumerate(models))
 

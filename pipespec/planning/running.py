@@ -25,14 +25,14 @@ from pipespec.decoding import (
     Hierarchy,
 )
 from pipespec.metrics import StageCounts
-from pipespec.planning.system import PlanModel, StageCost
+from pipespec.planning.system import WARM_UP_TOKENS, PlanModel, StageCost
 from pipespec.planning.times import Times
 
-_WARM_UP_TOKENS: Final = 16
-_MOST_TOKENS: Final = 128  # of a text
+_LEAST_TOKENS: Final = 8  # of a text
+_MOST_TOKENS: Final = 128
 _MOST_S: Final = 2.0  # for a text of the target alone
-_ENOUGH_S: Final = 0.5  # for all texts of one run; but
-_MIN_TEXTS: Final = 3
+_ENOUGH_S: Final = 1.0  # for all texts of one run
+_MIN_TEXTS: Final = 3  # but so many
 _TAKES_TURNS: Final = Schedule("pipespec", lookahead=1, run_ahead=1, outcomes=0)
 _SAME_STEP_S: Final = 1e-6  # the forwards of one step follow each other without a loop
 
@@ -95,9 +95,9 @@ class Runs:
     def _write(self, decoder: Decoder) -> list[Generation]:
         """Texts of the prompts, in turn, until there are enough of them."""
         step_s = self.models[-1].times.forward_s(1, self._context)
-        most = min(_MOST_TOKENS, self.generation.max_new_tokens, int(_MOST_S / max(step_s, 1e-6)))
-        params = replace(self.generation, max_new_tokens=max(8, most))
-        decoder.generate(self.prompts[0], replace(params, max_new_tokens=_WARM_UP_TOKENS))
+        most = max(_LEAST_TOKENS, min(_MOST_TOKENS, int(_MOST_S / max(step_s, 1e-6))))
+        params = replace(self.generation, max_new_tokens=min(most, self.generation.max_new_tokens))
+        decoder.generate(self.prompts[0], replace(params, max_new_tokens=WARM_UP_TOKENS))
         texts: list[Generation] = []
         start_s = time.monotonic()
         for prompt in cycle(self.prompts):
@@ -149,28 +149,30 @@ def loop_s(counts: StageCounts) -> float:
 
 def gaps_s(counts: StageCounts) -> list[float]:
     """Seconds from the end of each step to the start of the next."""
-    ends = [start + took for start, took in zip(counts.step_starts_s, counts.step_times_s)]
-    gaps = [start - end for start, end in zip(counts.step_starts_s[1:], ends)]
+    gaps = [start - end for start, end in zip(counts.step_starts_s[1:], _ends_s(counts))]
     return [gap for gap in gaps if gap > _SAME_STEP_S]
 
 
 def turn_s(first: StageCounts, last: StageCounts) -> float:
     """Seconds from the end of a forward at one end of a pipeline to the start of the forward that
-    it causes at the other: the mean of both ways. The two must take turns."""
+    it causes at the other: the mean of both ways, of each the median. The two must take turns."""
     return (_caused_s(first, last) + _caused_s(last, first)) / 2
 
 
 def _caused_s(cause: StageCounts, effect: StageCounts) -> float:
-    """Median seconds from the last end of a forward of `cause` before each start of `effect`."""
-    ends = [
-        start + took for start, took in zip(cause.step_starts_s, cause.step_times_s, strict=True)
-    ]
-    gaps = []
-    for start in effect.step_starts_s:
-        before = [end for end in ends if end <= start]
+    """From `cause` to `effect`: where a forward of `cause` ended after the last one of `effect`,
+    what `effect` does next must be due to it."""
+    causes, own = _ends_s(cause), _ends_s(effect)
+    found = []
+    for place, start in enumerate(effect.step_starts_s[1:]):
+        before = [end for end in causes if own[place] <= end <= start]
         if before:
-            gaps.append(start - before[-1])
-    return median(gaps) if gaps else 0.0
+            found.append(start - before[-1])
+    return median(found) if found else 0.0
+
+
+def _ends_s(counts: StageCounts) -> list[float]:
+    return [start + took for start, took in zip(counts.step_starts_s, counts.step_times_s)]
 
 
 def _between_s(text: Generation) -> float:

@@ -254,6 +254,11 @@ def emulated_system(
     )
 
 
+def is_emulated(models: Sequence[ModelConfig]) -> bool:
+    """Whether none has weights."""
+    return all(model.emulated is not None for model in models)
+
+
 @dataclass(frozen=True, slots=True)
 class _Remembering:
     """An oracle that computes each answer once: simulations ask the same again and again."""
