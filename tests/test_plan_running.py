@@ -66,7 +66,7 @@ def test_a_hop_is_not_taken_from_stages_that_happen_to_overlap() -> None:
     assert turn_s(draft, target) == pytest.approx(0.0005)
 
 
-class Doubled:
+class HalfTimes:
     """Times alone that are half of what an emulated model's steps take."""
 
     def __init__(self, step_ms: float) -> None:
@@ -86,7 +86,7 @@ def test_every_strategy_is_measured_where_it_runs(tmp_path: Path) -> None:
     Path(config).write_text(json.dumps(values))
     runs = Runs(
         open_hierarchy(load_models_config(Path(config))),
-        [PlanModel("any", Doubled(ms), Doubled(ms)) for ms in steps_ms],
+        [PlanModel("any", HalfTimes(ms), HalfTimes(ms)) for ms in steps_ms],
         [(100, 101, 102)],
         GenerationParams(24),
         "ipc",

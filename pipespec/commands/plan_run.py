@@ -55,5 +55,13 @@ def run_choices(
         results = load_results(run.path).results
         greedy = results if is_greedy else greedy
         predictions = {cost: system.predict(choice, cost=cost) for cost in Cost}
-        trials.append(Trial(choice, run.path, summarise(results), predictions))
+        summary, step_s = summarise(results), _target_step_s(results)
+        trials.append(Trial(choice, run.path, summary, step_s, predictions))
     return trials
+
+
+def _target_step_s(results: Sequence[Any]) -> float:
+    """Mean seconds of a forward of the target, but for prompts."""
+    metrics = [result["metrics"] for result in results]
+    seconds = sum(each["forward_times_s"][-1] - each["prefill_times_s"][-1] for each in metrics)
+    return float(seconds) / max(1, sum(each["num_steps"][-1] for each in metrics))

@@ -20,11 +20,13 @@ NOTHING = "-"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A choice that was run, its results in `path`. predictions: by all costs."""
+    """A choice that was run, its results in `path`. target_step_s: mean forward of the target, but
+    for prompts. predictions: by all costs."""
 
     choice: Choice
     path: Path
     summary: Summary
+    target_step_s: float
     predictions: Mapping[Cost, Prediction]
 
     @property
@@ -141,8 +143,9 @@ def trial_table(trials: Sequence[Trial]) -> Table:
 
 
 def loss_line(item: Trial) -> str:
-    """Where a run's time goes that the ideal does not take, in parts of the run's time; and how
-    often a draft had prepared for what the target drew instead."""
+    """Where a run's time goes that the ideal does not take, in parts of the run's time; whether the
+    machine was as fast as when it was measured; and how often a draft had prepared for what the
+    target drew instead."""
     measured_s = 1.0 / item.measured  # a token
     ideal_s, shared_s, slower_s, real_s = (
         1.0 / item.predictions[cost].tokens_per_s for cost in Cost
@@ -154,7 +157,10 @@ def loss_line(item: Trial) -> str:
         ("not foreseen", measured_s - real_s),
     )
     told = ", ".join(f"{name} {part / measured_s:.1%}" for name, part in parts)
-    line = f"time of {item.choice.strategy} beyond the ideal: {told}"
+    line = (
+        f"time of {item.choice.strategy} beyond the ideal: {told}; target's forwards "
+        f"{1e3 * item.target_step_s:.2f} ms (predicted {1e3 * item.real.target_step_s:.2f})"
+    )
     if item.choice.strategy == "async-chain" and item.choice.schedule.outcomes:
         hits = item.summary.outcome_hit_rate[-1]
         predicted = item.real.outcome_hit_rate

@@ -89,6 +89,12 @@ class Prediction:
         return block_efficiency(sum(text.num_emitted for text in target), num_verifications)
 
     @property
+    def target_step_s(self) -> float:
+        """Mean forward of the target, but for prompts; 0 if there was none."""
+        times_s = [seconds for text in self.stages[-1] for seconds in text.step_times_s]
+        return sum(times_s) / max(1, len(times_s))
+
+    @property
     def busy_shares(self) -> tuple[float, ...]:
         """Of each stage: the part of the time that it spends in forwards."""
         return tuple(
