@@ -64,4 +64,4 @@ def _target_step_s(results: Sequence[Any]) -> float:
     """Mean seconds of a forward of the target, but for prompts."""
     metrics = [result["metrics"] for result in results]
     seconds = sum(each["forward_times_s"][-1] - each["prefill_times_s"][-1] for each in metrics)
-    return float(seconds) / max(1, sum(each["num_steps"][-1] for each in metrics))
+    return float(seconds / max(1, sum(each["num_steps"][-1] for each in metrics)))
