@@ -21,6 +21,7 @@ from pipespec.commands.arguments import (
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
+from pipespec.commands.payoff import payoff_line
 from pipespec.commands.runs import (
     Result,
     Run,
@@ -69,6 +70,11 @@ def make_parser() -> Parser:
         "--resume", action="store_true", help="go on after the samples of an interrupted run"
     )
     group.add_argument(
+        "--drop-stages",
+        action="store_true",
+        help="of async-chain: go on without the stages that do not pay on the first samples",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="print memory and placement from config.json files alone, and stop",
@@ -81,6 +87,11 @@ def _benchmark(options: Namespace) -> int:
     if options.force and options.resume:
         raise UsageError("--force and --resume contradict each other; pass one of them")
     settings = read_settings(options)
+    if options.drop_stages and "async-chain" not in settings.strategies:
+        raise UsageError(
+            f"--drop-stages is for async-chain, and --strategy is {options.strategy}; use "
+            "--strategy async-chain or all, or leave the flag out"
+        )
     display = Display(make_console())
     if options.dry_run:
         return _dry_run(settings, display)
@@ -89,7 +100,15 @@ def _benchmark(options: Namespace) -> int:
         display.line(f"note: {warning}")
     output_dir: Path = options.output_dir or Path("results") / inputs.dataset.name
     runs = [
-        plan_run(strategy, settings, inputs, output_dir, force=options.force, resume=options.resume)
+        plan_run(
+            strategy,
+            settings,
+            inputs,
+            output_dir,
+            force=options.force,
+            resume=options.resume,
+            drop_stages=options.drop_stages,
+        )
         for strategy in settings.strategies
     ]
     greedy = _stored_greedy(settings, inputs, output_dir, runs, display)
@@ -146,20 +165,22 @@ def _show_results(
     inputs: Inputs,
     display: Display,
 ) -> None:
-    rows = []
+    rows, notes = [], []
     for run in runs:
-        results = load_results(run.path).results
+        stored = load_results(run.path)
+        results = stored.results
         differing = find_divergences(results, greedy, inputs.prompts)
         rows.append(
             TableRow(run.strategy, results, greedy, frozenset(d.sample_index for d in differing))
         )
+        if note := payoff_line(stored.metadata.get("payoff"), settings.models):
+            notes += [note, ""]
     display.line("")
     display.line(_title(settings, inputs))
     display.line("")
     display.console.print(summary_table(rows, display.console.width))
-    display.line("")
-    for run in runs:
-        display.line(str(run.path))
+    for line in ("", *notes, *(str(run.path) for run in runs)):
+        display.line(line)
 
 
 def _title(settings: Settings, inputs: Inputs) -> str:

@@ -24,6 +24,7 @@ from pipespec.commands.arguments import (
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, library_errors, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
+from pipespec.commands.plan_system import make_system
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.comparison.contestants import (
     HEURISTIC,
@@ -39,6 +40,7 @@ from pipespec.comparison.description import describe, now
 from pipespec.comparison.differences import difference_lines
 from pipespec.comparison.race import Race, RaceSettings
 from pipespec.comparison.record import Record, claim, save
+from pipespec.comparison.simulated import simulate
 from pipespec.comparison.tables import print_tables
 from pipespec.comparison.user_command import PLACEHOLDER, parse_command
 from pipespec.config import Schedule, find_models_config, load_models_config
@@ -77,6 +79,12 @@ def _add_contestants(parser: Parser) -> None:
     group = parser.add_argument_group("contestants")
     group.add_argument("--only", nargs="+", metavar="NAME", help="these; a pattern names several")
     group.add_argument("--skip", nargs="+", metavar="NAME", help="all but these")
+    group.add_argument(
+        "--ablation",
+        action="store_true",
+        help="instead of the usual ones our own policies: the original's alone, with one of ours, "
+        "with all of ours, without one of them",
+    )
     group.add_argument(
         "--command",
         action="append",
@@ -124,14 +132,20 @@ def _add_race(parser: Parser) -> None:
     group = parser.add_argument_group("race and results")
     group.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each")
     group.add_argument(
+        "--simulated",
+        action="store_true",
+        help="emulated models on a virtual clock, without processes: seconds for many prompts, and "
+        "one round, as another one would be the same",
+    )
+    group.add_argument(
         "--num-samples", type=int, default=DEFAULT_NUM_SAMPLES, metavar="N", help="prompts"
     )
     group.add_argument(
         "--tables",
         nargs="+",
         choices=TABLES,
-        default=TABLES,
-        help="device: everyone has the target's device; total: all that async-chain has",
+        help="device: everyone has the target's device; total: all that async-chain has (default: "
+        "both; device with --ablation)",
     )
     group.add_argument(
         "--one-at-a-time",
@@ -187,6 +201,9 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
     if len(config) == 1:
         options.strategy = "greedy"  # all that a target alone can do
     settings = read_settings(options)
+    if options.simulated:
+        _check_simulated(options, settings)
+    options.tables = options.tables or (TABLES[:1] if options.ablation else TABLES)
     choices = _choices(options)
     path: Path = options.output or _default_path(settings)
     claim(path, force=options.force)
@@ -199,7 +216,9 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
         left_out,
         options.tables,
         command=["python", "-m", "pipespec.compare", *given],
-        rounds=options.rounds,
+        ablation=options.ablation,
+        simulated=options.simulated,
+        rounds=1 if options.simulated else options.rounds,
         one_at_a_time=options.one_at_a_time,
         load_average_before=os.getloadavg(),
     )
@@ -221,6 +240,19 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def _check_simulated(options: Namespace, settings: Settings) -> None:
+    """Whether there is nothing that a simulation does not know.
+
+    Raises:
+        UsageError: naming what it does not.
+    """
+    real = [model.name for model in settings.models if model.emulated is None]
+    if real:
+        raise UsageError(f"--simulated is for emulated models, and {real[0]} is not one")
+    if options.command:
+        raise UsageError("--simulated cannot simulate a --command; leave one of them out")
+
+
 def _choices(options: Namespace) -> Choices:
     """What the flags choose, each value once."""
     for number in options.num_outcomes:
@@ -231,6 +263,7 @@ def _choices(options: Namespace) -> Choices:
         tuple(dict.fromkeys(options.assistant_tokens)),
         tuple(dict.fromkeys(options.lookup_tokens)),
         tuple(map(parse_command, options.command or ())),
+        options.ablation,
     )
 
 
@@ -259,6 +292,32 @@ def _race(
     Raises:
         PipeSpecError: nobody had a turn.
     """
+    if not options.simulated:
+        _race_processes(contestants, settings, inputs, options, record, path)
+    else:
+        progress = Display(make_console(stderr=True))
+        system, _ = make_system(settings, inputs, None, progress)
+        with progress.news() as news:
+            simulate(contestants, system, inputs, record, path, news)
+    if not record.turns:
+        why = (f"{entrant.key}: {entrant.left_out}" for entrant in record.entrants)
+        raise PipeSpecError(f"nobody could race: {'; '.join(why)}")
+    with library_errors("the comparison with greedy"):
+        record.metadata["differences"] = difference_lines(
+            record, inputs.prompts, inputs.hierarchy, settings.generation.sampling
+        )
+    record.metadata["finished_at"] = now()
+    save(record, path)
+
+
+def _race_processes(
+    contestants: Sequence[Contestant],
+    settings: Settings,
+    inputs: Inputs,
+    options: Namespace,
+    record: Record,
+    path: Path,
+) -> None:
     hierarchy, generation = inputs.hierarchy, settings.generation
     room = hierarchy.context_length + 1  # the last token is written and not read
     race_settings = RaceSettings(
@@ -275,15 +334,6 @@ def _race(
         Race(contestants, inputs, race_settings, record, path, news) as race,
     ):
         race.run()
-    if not record.turns:
-        why = (f"{entrant.key}: {entrant.left_out}" for entrant in record.entrants)
-        raise PipeSpecError(f"nobody could race: {'; '.join(why)}")
-    with library_errors("the comparison with greedy"):
-        record.metadata["differences"] = difference_lines(
-            record, inputs.prompts, hierarchy, generation.sampling
-        )
-    record.metadata["finished_at"] = now()
-    save(record, path)
 
 
 def _default_path(settings: Settings) -> Path:

@@ -93,6 +93,8 @@ class Schedule:
     outcomes: other tokens a position, each a case that a draft prepares for, -1 for what the policy
     takes: 4, and 0 for "pipespec"; chain prepares none.
     tree: candidates of prepared outcomes that a verification may score beside the main path.
+    confidence: a first draft of async-chain stops where its text is as good as dead; None for what
+    the policy does: "adaptive" stops, "pipespec" drafts on.
     """
 
     policy: str = "adaptive"
@@ -100,6 +102,7 @@ class Schedule:
     run_ahead: int = 64
     outcomes: int = -1
     tree: int = 0
+    confidence: bool | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -111,6 +114,11 @@ class Schedule:
             object.__setattr__(self, "outcomes", 4 if self.policy == "adaptive" else 0)
         _require("outcomes", self.outcomes, 0 <= self.outcomes <= 16, "from 0 to 16")
         _require("tree", self.tree, 0 <= self.tree <= 64, "from 0 to 64")
+
+    @property
+    def stops_where_dead(self) -> bool:
+        """Whether drafts heed their confidence."""
+        return self.policy == "adaptive" if self.confidence is None else self.confidence
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ This module does not know what a message means: `state` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from itertools import count
+from operator import lt
 from typing import Any, Final
 
 import msgpack
@@ -23,13 +25,14 @@ import msgpack
 from pipespec.config import SamplingParams
 from pipespec.errors import ProtocolError
 
-VERSION: Final = 2
+VERSION: Final = 3
 LAUNCHER: Final = -1  # the sender index of the launcher; stages are 0 (first draft) to k-1 (target)
 MAX_TOKEN_ID: Final = (1 << 31) - 1
 MAX_TOKENS: Final = 1 << 22  # ids in one message; the longest prompt that can be submitted
 MAX_FRAME_BYTES: Final = 64 << 20
 MAX_TEXT: Final = 1 << 20
 _MAX_INT: Final = (1 << 63) - 1
+_INTEGERS: Final = {int}
 
 
 class Link(Enum):
@@ -69,7 +72,7 @@ def _text(value: Any) -> str:
 def _tokens(value: Any) -> Tokens:
     if type(value) not in (list, tuple) or len(value) > MAX_TOKENS:
         raise ValueError(f"a list of at most {MAX_TOKENS} token ids")
-    if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value):
+    if value and not (_are_integers(value) and min(value) >= 0 and max(value) <= MAX_TOKEN_ID):
         raise ValueError("token ids that are integers from 0 to 2**31 - 1")
     return tuple(value)
 
@@ -77,9 +80,13 @@ def _tokens(value: Any) -> Tokens:
 def _parents(value: Any) -> Tokens:
     if type(value) not in (list, tuple) or len(value) > MAX_TOKENS:
         raise ValueError(f"a list of at most {MAX_TOKENS} indexes")
-    if not all(type(at) is int and -1 <= at < place for place, at in enumerate(value)):
-        raise ValueError("for each token the index of an earlier one, or -1")
+    if value and not (_are_integers(value) and min(value) >= -1):
+        raise ValueError("for each prepared token the index of an earlier one, or -1")
     return tuple(value)
+
+
+def _are_integers(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) == _INTEGERS
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -140,9 +147,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A hint from stage i to i+1: `tokens` may follow the prefix whose hash is `parent`. `last`:
-    the drafter stops after them until it hears a verdict. `parents`: of a tree, for each token the
-    index of the one before it, -1 for the prefix itself; empty: each follows the one before it."""
+    """A hint from stage i to i+1: `tokens` may follow the prefix whose hash is `parent`. First come
+    the drafter's own, each after the one before it, then what it prepared for other verdicts.
+    `last`: it stops after its own until it hears a verdict. `parents`: for each of the prepared
+    tokens the index of the one before it, -1 for the prefix itself."""
 
     request: int = _wire(_REQUEST)
     parent: int = _wire(_HASH)
@@ -150,6 +158,11 @@ class Draft:
     tokens: Tokens = _wire(_tokens)
     last: bool = _wire(_flag)
     parents: Tokens = _wire(_parents, default=())
+
+    @property
+    def num_own(self) -> int:
+        """How many of the tokens are the drafter's own."""
+        return len(self.tokens) - len(self.parents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,17 +331,15 @@ def decode(data: bytes) -> Frame:
     specs = _FIELDS[kind]
     if len(parts) != 6 + len(specs):
         raise ProtocolError(f"{kind.__name__} has {len(parts) - 6} fields; it needs {len(specs)}")
-    head = [
-        _checked("frame", name, check, value)
-        for (name, check), value in zip(_HEAD, parts[2:6], strict=True)
-    ]
-    body = [
-        _checked(kind.__name__, name, check, value)
-        for (name, check), value in zip(specs, parts[6:], strict=True)
-    ]
+    checks = _CHECKS[kind]
+    try:
+        head = [check(value) for check, value in zip(checks, parts[2:6])]
+        body = [check(value) for check, value in zip(checks[4:], parts[6:])]
+    except ValueError as error:
+        raise _named(kind, parts[2:]) from error
     message = kind(*body)
-    if isinstance(message, Draft) and len(message.parents) not in (0, len(message.tokens)):
-        raise ProtocolError("Draft.parents must be one for each of its tokens, or none")
+    if kind is Draft and not all(map(lt, message.parents, count(message.num_own))):
+        raise ProtocolError("Draft.parents must be one for each prepared token, an earlier one")
     return Frame(head[0], head[1], head[2], head[3], message)
 
 
@@ -340,8 +351,15 @@ _HEAD: Final = (
 )
 
 
-def _checked(owner: str, name: str, check: Check, value: Any) -> Any:
-    try:
-        return check(value)
-    except ValueError as error:
-        raise ProtocolError(f"{owner}.{name} must be {error}") from error
+_CHECKS: Final = {kind: tuple(check for _, check in (*_HEAD, *_FIELDS[kind])) for kind in KINDS}
+
+
+def _named(kind: type, values: Sequence[Any]) -> ProtocolError:
+    """The error of the first value that fails its check."""
+    owners = ["frame"] * len(_HEAD) + [kind.__name__] * len(_FIELDS[kind])
+    for owner, (name, check), value in zip(owners, (*_HEAD, *_FIELDS[kind]), values):
+        try:
+            check(value)
+        except ValueError as error:
+            return ProtocolError(f"{owner}.{name} must be {error}")
+    raise AssertionError("every value passes its check")

@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Container, Sequence
-from typing import Final, cast
+from typing import Final
 
 from pipespec.config import Schedule
+from pipespec.forwards import forward_step
 from pipespec.messages import Abort, Finish, Frame, Heartbeat, Link, Shutdown
 from pipespec.policy import make_policy
-from pipespec.runners.base import BranchingRunner, ModelRunner, Row, TailToken, TreeRow
+from pipespec.runners.base import ModelRunner
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
-from pipespec.state.tail import Feed
 from pipespec.transport import Transport
 
 DUTIES_S: Final = 1.0
@@ -59,16 +59,15 @@ class StageLoop:
 
     def run(self) -> None:
         """Serves until told to stop; what the runner or the transport raises ends it."""
-        wait_s = 0.0
+        self._drain(0.0)
         while not self._stopped:
-            self._drain(wait_s)
+            self.state.learn()
             decision = self.state.decide(self._clock())
             self._do_duties(is_idle=decision.step is None)
             if decision.step is not None:
-                wait_s = 0.0
                 self._forward(decision.step)
             else:
-                wait_s = self._idle_s(decision.wake_at_s)
+                self._drain(self._idle_s(decision.wake_at_s))
 
     def _drain(self, wait_s: float) -> None:
         start_s = self._clock()
@@ -85,31 +84,25 @@ class StageLoop:
     def _forward(self, step: Step) -> None:
         sampling = self.state.requests[step.request].submit.sampling
         slot = self._slots.slot_of(step.request)
-        row = Row(slot, step.start, step.ids, step.num_draws, sampling)
-        start_s = self._clock()
-        draws = self._draws(row, step.tail, step.keep, step.keep_start)
-        while len(draws) <= step.num_more and self.state.goes_on(step):
-            row = row.after(draws[-1][0])
-            draws += self._draws(row)
-            self._drain(0.0)
-        end_s = self._clock()
-        if not self.state.role.is_last:
-            self._drain(0.0)  # a verdict that overtook the forward saves sending dead drafts
-        self._send(self.state.end_step(draws, start_s, end_s))
-        if self.state.role.is_last:  # its drafts could wait until the verdict was on its way
-            self._drain(0.0)
-        self.state.learn()
-
-    def _draws(
-        self, row: Row, tail: Sequence[Feed] = (), keep: Sequence[int] = (), keep_start: int = 0
-    ) -> list[tuple[int, ...]]:
         num_ranked = 1 + self.state.role.outcomes.num_ranked
-        if num_ranked == 1 and not tail and not keep:
-            return [(token,) for token in self._slots.runner.forward([row])[0]]
-        tokens = [TailToken(x.token, x.position, x.row, x.parent_row) for x in tail]
-        tree = TreeRow(row, tokens, keep, keep_start, num_ranked)
-        runner = cast(BranchingRunner, self._slots.runner)  # isinstance() would take 20 us
-        return runner.forward_tree(tree)
+        runner, descriptors = self._slots.runner, self._transport.descriptors
+        start_s = self._clock()
+        following: Step | None = step
+        while following is not None:
+            *others, draws = forward_step(
+                runner, slot, sampling, following, num_ranked, descriptors
+            )
+            for earlier in others:
+                self.state.draw_on(earlier)
+            is_over = step.num_more == 0 or self._transport.has_frames()
+            following = None if is_over else self.state.draw_on(draws)
+        end_s = self._clock()
+        if self.state.role.is_last:  # what it is sent can wait until its verdict is on its way
+            self._send(self.state.end_step(draws, start_s, end_s))
+            self._drain(0.0)
+        else:  # a verdict that overtook the forward saves sending dead drafts
+            self._drain(0.0)
+            self._send(self.state.end_step(draws, start_s, end_s))
 
     def _idle_s(self, wake_at_s: float | None) -> float:
         """Seconds to wait for a message."""

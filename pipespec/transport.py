@@ -22,7 +22,7 @@ import math
 import select
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Generic, Protocol, Self, TypeVar
@@ -59,6 +59,15 @@ class Transport(Protocol):
 
         Frames of one link keep their order; those of different links have none.
         """
+        ...
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """Of files; one of them can be read soon after a frame has arrived."""
+        ...
+
+    def has_frames(self) -> bool:
+        """Whether `receive` would return at least one."""
         ...
 
     def close(self) -> None:
@@ -165,6 +174,15 @@ class ZmqTransport(Generic[K]):
             if received or left_s <= 0:
                 return received
             self._wait(left_s)
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """See `Transport.descriptors`."""
+        return self._fds
+
+    def has_frames(self) -> bool:
+        """See `Transport.has_frames`."""
+        return any(map(_has_frames, self._links))
 
     def receive_from(self, link: K, timeout_s: float) -> list[Frame]:
         """Like `receive`, for one link; frames of the others stay where they are."""
@@ -285,6 +303,15 @@ class MemoryTransport(Generic[K]):
             received.extend((link, frame) for frame in inbox)
             inbox.clear()
         return received
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """See `Transport.descriptors`: there are none."""
+        return ()
+
+    def has_frames(self) -> bool:
+        """See `Transport.has_frames`."""
+        return any(self._inboxes.values())
 
     def close(self) -> None:
         """See `Transport.close`."""

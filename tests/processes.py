@@ -44,6 +44,32 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def assert_draws_without_torch(module: str, source: Path, says: str) -> None:
+    """The script draws what is at `source` and prints `says` and the path of the picture."""
+    picture = source.with_name("picture.png")
+    code = (
+        f"import sys; from {module} import main\n"
+        "assert main([sys.argv[1], '--output', sys.argv[2]]) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    run = run_python(code, str(source), str(picture))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{says}: {picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @contextmanager
 def python(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """An interpreter in a process group of its own that finds this code, installed or not."""

@@ -212,11 +212,11 @@ def test_each_failure_of_the_hub_is_one_line(
 def test_a_hub_that_never_answers_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LOCATE, "ANSWER_TIMEOUT_S", 0.2)
     released = threading.Event()
-    asked(monkeypatch, lambda _name: released.wait(20))
+    asked(monkeypatch, lambda _name: released.wait(60))
     start_s = time.monotonic()
     message = refusal(lambda: locate("org/model"))
     released.set()
-    assert time.monotonic() - start_s < 5
+    assert time.monotonic() - start_s < 30
     assert "no answer within 0.2 s" in message
     assert "hf download org/model" in message
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from emulated import write_emulated
+from processes import run_python
 
 from pipespec import benchmark, run_example
 from pipespec.commands.arguments import Parser
@@ -205,9 +206,7 @@ def test_help_is_grouped_and_loads_no_torch(module: str) -> None:
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    run = run_python(code)
     assert run.returncode == 0, run.stderr
     for text in ("what to run:", "the text:", "schedule and processes:", "--lookahead auto|N"):
         assert text in run.stdout

@@ -17,7 +17,7 @@ from pipespec.comparison.contestants import (
     playing_grounds,
     seen_by_process,
 )
-from pipespec.comparison.own import check_outcomes
+from pipespec.comparison.own import check_branches
 from pipespec.comparison.specification import environment_of, specification
 from pipespec.config import ModelConfig, SamplingParams, Schedule
 from pipespec.decoding import Hierarchy
@@ -186,10 +186,13 @@ def test_the_smallest_draft_assists() -> None:
 
 def test_an_async_chain_that_prepares_no_outcomes_does_not_race_as_one_that_does() -> None:
     can, cannot = {"num_tail_rows": 64}, {"num_tail_rows": 0}
-    check_outcomes(Schedule(outcomes=2), [can, cannot])
-    check_outcomes(Schedule(outcomes=0), [cannot, cannot])
+    check_branches(Schedule(outcomes=2), [can, cannot])
+    check_branches(Schedule(outcomes=0), [cannot, cannot])
     with pytest.raises(ModelLoadError, match="the runners of its drafts prepare no outcomes"):
-        check_outcomes(Schedule(outcomes=2), [cannot, can])
+        check_branches(Schedule(outcomes=2), [cannot, can])
+    check_branches(Schedule(tree=2), [can, can])
+    with pytest.raises(ModelLoadError, match="the runners after its first draft verify no trees"):
+        check_branches(Schedule(tree=2), [can, cannot])
 
 
 def test_variants_are_of_one_process() -> None:

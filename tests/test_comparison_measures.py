@@ -34,7 +34,8 @@ def turn(
 def entrant(
     name: str, table: str = "device", kind: str = "own", variants: tuple[str, ...] = ("",)
 ) -> Entrant:
-    return Entrant(f"{name}@{table}", name, kind, (table,), (), (), {}, variants)
+    settings = {"strategy": name} if kind == "own" else {}
+    return Entrant(f"{name}@{table}", name, kind, (table,), (), (), settings, variants)
 
 
 def record(entrants: list[Entrant], turns: list[Turn], **metadata: Any) -> Record:

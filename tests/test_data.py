@@ -343,7 +343,7 @@ def test_a_hub_that_accepts_and_never_answers_is_given_up(
         started_s = time.monotonic()
         with pytest.raises(DataError, match="cannot be had from the hub"):
             read_hub(HubSource("owner/name"), timeout_s=0.5)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 9
 
 
 def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

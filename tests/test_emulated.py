@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from processes import run_python
 
 from pipespec.config import SamplingParams
 from pipespec.emulation import parse_emulation
@@ -237,7 +236,5 @@ runner = load_runner(model, StagePlacement("cpu"), None, 100)
 runner.forward([Row(0, 0, [1, 2], 2, SamplingParams(temperature=1.0))])
 print(runner.info.runner, sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    run = run_python(code)
     assert run.stdout.strip() == "emulated []", run.stderr

@@ -4,6 +4,7 @@ them functions of the prefix alone."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -116,6 +117,31 @@ def test_among_its_first_choices_a_wrong_draft_has_the_targets_token_as_the_law_
         assert share(found) == pytest.approx(expected, abs=4 * error)
 
 
+@pytest.mark.parametrize("second_share", [0.1, 0.45, 0.9])
+def test_with_another_share_of_second_choices_the_ranks_below_keep_their_proportions(
+    second_share: float,
+) -> None:
+    law = draft(0.0, 0.0)
+    oracle = replace(law, second_share=second_share)
+    at = prefixes(oracle, 3000)
+    ranks = [oracle.rank(n) or VOCAB_SIZE for n in at]
+    error = math.sqrt(second_share * (1 - second_share) / len(at))
+    assert share([rank == 2 for rank in ranks]) == pytest.approx(second_share, abs=4 * error)
+    below = [rank for rank in ranks if rank > 2]
+    for most in (3, 8):
+        expected = 1.0 - (most / 2) ** -law.rank_exponent
+        error = math.sqrt(expected * (1 - expected) / len(below))
+        assert share([rank <= most for rank in below]) == pytest.approx(expected, abs=4 * error)
+
+
+def test_all_or_none_may_be_second_choices() -> None:
+    at = prefixes(draft(0.0, 0.0), 200)
+    always = replace(draft(0.0, 0.0), second_share=1.0)
+    assert {always.rank(n) for n in at} == {2}
+    never = replace(draft(0.0, 0.0, rank_exponent=0.0), second_share=0.0)
+    assert {never.rank(n) for n in at} == {None}
+
+
 def test_the_default_law_gives_what_was_measured_on_the_demo_family() -> None:
     """Given a mismatch, the target's token is among the first 2, 3, 4, 8 choices in 0.44 to 0.46,
     0.61 to 0.64, 0.70 and 0.82 to 0.84 of cases."""
@@ -165,6 +191,7 @@ def test_a_small_vocabulary_is_ranked_without_repeating_an_id() -> None:
             '"agreement.easy": 2',
         ),
         ({"rank_exponent": -1}, '"rank_exponent": -1; it must be a number from 0'),
+        ({"second_share": 1.5}, '"second_share": 1.5; it must be a number from 0 to 1'),
         ({"source": 3}, '"source": 3; it must be a text'),
     ],
 )

@@ -190,7 +190,7 @@ def predicted_ms(config: str, models: tuple[int, ...], schedule: Schedule, num_t
 def test_the_70b_config_predicts_the_published_async_runs(
     models: tuple[int, ...], published_ms: float
 ) -> None:
-    predicted = predicted_ms("emulated-llama3-70b.json", models, AS_PUBLISHED, 20)
+    predicted = predicted_ms("emulated-llama3-70b.json", models, AS_PUBLISHED, 10)
     assert predicted == pytest.approx(published_ms, rel=0.10)
 
 

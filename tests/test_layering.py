@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pipespec"
 
@@ -22,6 +21,7 @@ LAYERS = (
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),
     ("runners", "data", "demo"),
+    ("forwards",),
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
@@ -88,9 +88,7 @@ LIGHT = (
 def test_importing_it_loads_neither_torch_nor_transformers(module: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'}"
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    run = run_python(code)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 

@@ -80,8 +80,12 @@ def messages_of(kind: type) -> st.SearchStrategy[Message]:
 
 
 def parents_of(num_tokens: int) -> st.SearchStrategy[Tokens]:
-    """Of a tree: each token after an earlier one; or of no tree."""
-    return st.just(()) | st.tuples(*(st.integers(-1, index - 1) for index in range(num_tokens)))
+    """Of the last tokens, or of all, or of none: each after an earlier one."""
+    return st.integers(0, num_tokens).flatmap(
+        lambda num_own: st.tuples(
+            *(st.integers(-1, index - 1) for index in range(num_own, num_tokens))
+        )
+    )
 
 
 FRAMES = st.builds(
@@ -194,7 +198,8 @@ def test_a_field_too_few_or_too_many_is_refused(frame: Frame) -> None:
         (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [], 1, []), "last"),
         (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-1, 1]), "parents"),
         (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-2, 0]), "parents"),
-        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-1]), "parents"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [1]), "parents"),
+        (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [4, 5], False, [-1] * 3), "parents"),
         (packed(VERSION, 2, 0, 1, 1, 0, 1, 0, 0, [], False), "number"),
         (packed(VERSION, 10, 0, 1, 1, 0, 1, {1: 2}), "values"),
         (b"\xc1", "msgpack"),

@@ -159,7 +159,8 @@ def test_branches_are_sent_as_a_tree_once_none_of_them_goes_on() -> None:
     assert state.end_step([(6, 0)], 0.0, 1.0) == []
     begin(state)
     ((_, second),) = state.end_step([(5, 0)], 0.0, 1.0)
-    assert second == Draft(1, hash_tokens(PROMPT), 3, (1, 5, 6, 5), False, (-1, 0, 1, 2))
+    after_the_first = hash_tokens((*PROMPT, 1))
+    assert second == Draft(1, after_the_first, 4, (5, 6, 5), False, (-1, 0, 1))
 
 
 def test_what_the_next_stage_has_as_a_branch_is_not_sent_again() -> None:
@@ -186,7 +187,7 @@ def test_a_stage_that_lost_its_candidates_gets_the_branches_again() -> None:
     assert state.outcomes.unsent(state.sent, 1) == []
     outgoing = state.on_verdict(Verdict(1, state.verdict_seen + 1, 3, (), True))
     tokens = [m.tokens for _, m in outgoing if isinstance(m, Draft)]
-    assert tokens == [(1,), (2, 8)]
+    assert tokens == [(1, 2, 8)], "in one message"
 
 
 def test_rank_shares_follow_what_verdicts_bring() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,25 @@ def system_of(*models: ModelConfig, num_texts: int = 2, num_tokens: int = 60) ->
 TARGET = model("target", 20.0)
 
 
-def ranked(*models: ModelConfig, **options: int) -> Ranking:
-    return search(system_of(*models, **options))
+# Searched once, looked at by several tests. The draft can branch: its long forwards cost nothing.
+@cache
+def pair() -> System:
+    return system_of(model("draft", 2.0, agreement=0.7), TARGET, num_tokens=40)
+
+
+@cache
+def pair_ranking() -> Ranking:
+    return search(pair())
+
+
+@cache
+def trio_ranking() -> Ranking:
+    good, hopeless = model("good", 1.0, agreement=0.9), model("hopeless", 1.0, agreement=0.0)
+    return search(system_of(good, hopeless, TARGET, num_tokens=24))
 
 
 def test_a_good_draft_is_used_and_a_hopeless_one_is_not() -> None:
-    ranking = ranked(
-        model("good", 1.0, agreement=0.9), model("hopeless", 1.0, agreement=0.0), TARGET
-    )
+    ranking = trio_ranking()
     assert ranking.best.choice.stages == (0, 2)
     assert ranking.best.tokens_per_s > 2 * ranking.greedy.tokens_per_s
     (useless,) = useless_stages(ranking)
@@ -59,14 +71,14 @@ def test_a_good_draft_is_used_and_a_hopeless_one_is_not() -> None:
 
 
 def test_where_no_draft_pays_greedy_is_best_and_every_draft_is_named() -> None:
-    ranking = ranked(model("slow", 19.0, agreement=0.05), TARGET)
+    ranking = search(system_of(model("slow", 19.0, agreement=0.05), TARGET))
     assert ranking.best.choice == Choice((1,), "greedy")
     assert ranking.best.tokens_per_s == pytest.approx(50.0, rel=0.01)
     assert [item.stage for item in useless_stages(ranking)] == [0]
 
 
 def test_every_subset_is_ranked_in_every_strategy_best_first() -> None:
-    ranking = ranked(model("a", 1.0, agreement=0.6), model("b", 4.0, agreement=0.8), TARGET)
+    ranking = trio_ranking()
     rows = ranking.best_of_each()
     found = {(plan.choice.stages, plan.choice.strategy) for plan in rows}
     subsets = [(0, 2), (1, 2), (0, 1, 2)]
@@ -83,27 +95,24 @@ def test_drafts_are_ordered_by_their_step_times_whatever_the_config_says() -> No
 
 
 def test_the_same_ranking_comes_out_every_time() -> None:
-    models = (model("a", 1.0, agreement=0.7), TARGET)
-    one, other = ranked(*models), ranked(*models)
+    one, other = pair_ranking(), search(pair())
     assert [p.choice for p in one.plans] == [p.choice for p in other.plans]
     assert [p.tokens_per_s for p in one.plans] == [p.tokens_per_s for p in other.plans]
 
 
 def test_the_best_chain_lookahead_is_the_one_that_simulating_all_of_them_finds() -> None:
-    system = system_of(model("a", 2.0, agreement=0.8), TARGET)
     by_hand = {
-        count: system.predict(Choice((0, 1), "chain", Schedule(lookahead=count))).tokens_per_s
+        count: pair().predict(Choice((0, 1), "chain", Schedule(lookahead=count))).tokens_per_s
         for count in range(1, 17)
     }
-    found = next(p for p in search(system).best_of_each() if p.choice.strategy == "chain")
+    found = next(p for p in pair_ranking().best_of_each() if p.choice.strategy == "chain")
     assert found.tokens_per_s >= 0.99 * max(by_hand.values())
 
 
 def test_outcomes_and_trees_are_tried_where_a_draft_can_branch() -> None:
-    system = system_of(model("draft", 2.0, agreement=0.7), TARGET)
-    ranking = search(system)
+    ranking, system = pair_ranking(), pair()
     best = ranking.best.choice.schedule
-    assert best.outcomes > 0, "a long forward of this draft costs nothing"
+    assert best.outcomes > 0
     assert ranking.best.prediction.outcome_hit_rate > 0.2
     straight = tuple(replace(item, num_tail_rows=0) for item in system.models)
     without = search(replace(system, models=straight))
@@ -114,7 +123,8 @@ def test_outcomes_and_trees_are_tried_where_a_draft_can_branch() -> None:
 
 
 def test_long_looks_are_at_the_texts_themselves() -> None:
-    ranking = ranked(model("a", 2.0, agreement=0.7), TARGET, num_texts=4, num_tokens=50)
+    system = system_of(model("slow", 19.0, agreement=0.05), TARGET, num_texts=4, num_tokens=50)
+    ranking = search(system)
     assert (ranking.num_texts, ranking.num_tokens) == (4, 200)
 
 

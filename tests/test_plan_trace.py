@@ -81,9 +81,9 @@ def directly(oracles: Sequence[Oracle], choice: Choice, system: System) -> Predi
 CHOICES = [
     Choice((0, 1), "chain", Schedule(lookahead=4)),
     Choice((0, 1), "chain"),
-    Choice((0, 1), "async-chain"),
+    Choice((0, 1), "async-chain", Schedule(outcomes=0)),
     Choice((0, 1), "async-chain", Schedule("pipespec", 0)),
-    Choice((0, 1), "async-chain", Schedule(outcomes=4)),
+    Choice((0, 1), "async-chain"),
     Choice((0, 1), "async-chain", Schedule(outcomes=2, tree=4)),
 ]
 

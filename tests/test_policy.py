@@ -169,7 +169,7 @@ def tokens_per_step_time(
     acceptance: float,
     draft_s: float,
     policy: AdaptiveWait | FixedWait,
-    num_tokens: int = 1000,
+    num_tokens: int = 300,
     step_s: Callable[[int], float] = lambda q: 1.0 + 0.04 * max(0, q - 6),
 ) -> float:
     """Throughput of a simulated pair in target steps of one token, greedy being 1."""

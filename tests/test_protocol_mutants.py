@@ -104,8 +104,8 @@ MUTANTS = {
     ),
     "a stale step kept": Mutant(
         request,
-        "        if valid < len(self.seq):\n",
-        "        if valid < step.base:\n            first_new = len(self.seq)\n"
+        "        if self.kv_valid < len(self.seq):\n",
+        "        if self.kv_valid < step.base:\n            first_new = len(self.seq)\n"
         "            self._push(draws[0][0])\n            return self._send_up(first_new)\n"
         "        if False:\n",
         scenario.RELIABLE,
@@ -115,7 +115,7 @@ MUTANTS = {
         links,
         "if frame.incarnation < self._known[link] or is_stale_verdict:",
         "if False:",
-        scenario.CRASHES,
+        scenario.EVERYTHING,
         ("sent drafts stay within run-ahead", "no deadlock"),
     ),
     "no fence": Mutant(

@@ -192,9 +192,19 @@ def drafter_in_burst(eos: tuple[int, ...] = ()) -> RequestState:
     return drafter
 
 
+def end_burst(drafter: RequestState, *draws: int) -> list[Outgoing]:
+    """One draw a forward."""
+    *others, last = draws
+    for token in others:
+        following = drafter.draw_on([(token,)])
+        assert following is not None and following.ids == (token,)
+    assert drafter.draw_on([(last,)]) is None
+    return drafter.end_step([(last,)], 0.0, len(draws))
+
+
 def test_a_burst_draws_on_from_its_own_draws() -> None:
     drafter = drafter_in_burst()
-    sent = messages(drafter.end_step([(2,), (3,), (4,)], 0.0, 3.0), Link.DOWN)
+    sent = messages(end_burst(drafter, 2, 3, 4), Link.DOWN)
     assert sent == [Draft(1, hash_tokens((*PROMPT, 1)), 4, (2, 3, 4), True)]
     assert own(drafter) == [1, 2, 3, 4]
     assert drafter.kv_valid == len(drafter.seq) - 1, "the last draw has not been fed"
@@ -212,11 +222,13 @@ def test_a_burst_may_end_early() -> None:
 
 def test_a_verdict_cuts_a_burst_off_and_what_was_drawn_before_it_stays_in_the_cache() -> None:
     drafter = drafter_in_burst()
+    assert drafter.draw_on([(2,)]).ids == (2,)
     drafter.on_verdict(Verdict(1, 1, 3, (1,), False))
     assert drafter.is_untouched, "it only confirms"
     drafter.on_verdict(Verdict(1, 2, 4, (2, 5), False))
     assert not drafter.is_untouched
-    drafter.end_step([(2,), (3,)], 0.0, 2.0)
+    assert drafter.draw_on([(3,)]) is None
+    drafter.end_step([(3,)], 0.0, 2.0)
     assert own(drafter) == [1, 2, 5]
     assert drafter.kv_valid == 5, "2 was fed on what the text still is"
     assert drafter.counts.num_discarded_steps == 2
@@ -224,7 +236,7 @@ def test_a_verdict_cuts_a_burst_off_and_what_was_drawn_before_it_stays_in_the_ca
 
 def test_a_burst_ends_with_the_text() -> None:
     drafter = drafter_in_burst(eos=(0,))
-    drafter.end_step([(2,), (0,), (4,)], 0.0, 3.0)
+    end_burst(drafter, 2, 0, 4)
     assert own(drafter) == [1, 2, 0]
     assert not drafter.can_step
 

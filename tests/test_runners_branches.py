@@ -1,12 +1,13 @@
-"""Branches beside a text get what the same text gets in one line, and leave it alone.
+"""Branches beside a text get what the same text gets in one line, and leave it alone, whatever
+cache rows they are given.
 
-For both lean runners; of the native one the very bits are asked for.
+For every runner that can feed them; of the native one the very bits are asked for.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,36 @@ import pytest
 import torch
 
 from pipespec.config import SamplingParams
-from pipespec.runners.base import BranchingRunner, Row, TailToken, TreeRow
+from pipespec.runners.base import Row, TailToken, TreeRow
+from pipespec.runners.llama import LlamaRunner
+from pipespec.runners.native import NativeRunner
 from pipespec.runners.rows import draw_positions
 from pipespec.sampling import rank
 from tests.test_runners_llama import (  # noqa: F401
     CONTEXT_LENGTH,
     GREEDY,
     VOCAB_SIZE,
-    Loader,
     Make,
-    each_lean,
     feed,
+    largest,
+    lean,
     make_fixture,
     native,
     random_ids,
 )
 from tests.test_runners_native import DTYPES, SHAPES, older_processors
+from tests.test_runners_static import LONG, on_gpu, static
 from tests.tiny import one_thread  # noqa: F401
 
 SAMPLED = SamplingParams(temperature=0.7, seed=5)
+
+Runner = LlamaRunner | NativeRunner
+Load = Callable[[Path], Runner]
+each_branching = pytest.mark.parametrize(
+    ("load", "load_alone"),
+    [(lean, lean), (static, lean), (native, native)],
+    ids=["llama", "llama, static", "native"],
+)
 
 
 def grow(choice: random.Random, text: Sequence[int], first_row: int) -> list[TailToken]:
@@ -55,18 +67,17 @@ def path_of(item: TailToken, text: Sequence[int], tail: Sequence[TailToken]) -> 
     return [*text[: item.parent_row + 1], item.token]
 
 
-@each_lean
+@each_branching
 @pytest.mark.parametrize("variant", ["llama", "llama, ungrouped", "qwen3"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_branch_gets_what_its_text_gets_in_one_line(
-    make: Make, load: Loader, variant: str, sampling: SamplingParams, seed: int
+    make: Make, load: Load, load_alone: Load, variant: str, sampling: SamplingParams, seed: int
 ) -> None:
     """All ranks are compared; for the native runner that is all that a step returns."""
     print(f"seed {seed}")
     choice, folder = random.Random(seed), make(variant)
-    runner, linear = load(folder), load(folder)
-    assert isinstance(runner, BranchingRunner)
+    runner, linear = load(folder), load_alone(folder)
     text = random_ids(choice.randint(10, 40), seed)
     start, num_draws = choice.randint(1, len(text) - 1), 1
     feed(runner, text[:start])
@@ -85,6 +96,34 @@ def test_a_branch_gets_what_its_text_gets_in_one_line(
             assert tokens[0] == expected[0]
             scores = logits[0, list(tokens)]
             assert sampling.temperature > 0 or (scores.diff() < 1e-4).all()
+
+
+def ranks_in_one_line(runner: Runner, texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What follows each text, fed by itself."""
+    rows = [Row(0, 0, ids, 1, GREEDY) for ids in texts]
+    return [runner.forward_tree(TreeRow(row, (), num_ranked=3))[0] for row in rows]
+
+
+def check_far_into_a_text(runner: Runner, alone: Runner) -> None:
+    """Twice each, as a captured graph is captured and then replayed."""
+    choice, text = random.Random(1), random_ids(300)
+    for start in (3, 120, 250, 250, 60):
+        runner.release(0)
+        feed(runner, text[:start])
+        end = start + choice.randint(1, 9)
+        tail = grow(choice, text[:end], first_row=start + 10)
+        tree = TreeRow(Row(0, start, text[start:end], 1, GREEDY), tail, num_ranked=3)
+        paths = [text[:end], *(path_of(item, text, tail) for item in tail)]
+        for _ in range(2):
+            assert runner.forward_tree(tree) == ranks_in_one_line(alone, paths)
+
+
+@each_branching
+def test_far_into_a_text_branches_rank_what_their_texts_rank(
+    make: Make, load: Load, load_alone: Load
+) -> None:
+    folder = make("llama", max_position_embeddings=LONG)
+    check_far_into_a_text(load(folder), load_alone(folder))
 
 
 def keep_a_branch(folder: Path, **options: Any) -> None:
@@ -161,32 +200,6 @@ def test_branches_beside_a_text_leave_its_bits_alone(make: Make, variant: str, d
     assert torch.equal(feed(runner, ids[30:], start=30), linear[30:])
 
 
-@each_lean
-@pytest.mark.parametrize("seed", range(4))
-def test_rows_of_branches_are_reused_in_any_order(make: Make, load: Loader, seed: int) -> None:
-    """Only within a branch do rows ascend."""
-    print(f"seed {seed}")
-    choice, text = random.Random(seed), random_ids(20, seed)
-    runner, linear = load(make("llama")), load(make("llama"))
-    assert isinstance(runner, BranchingRunner)
-    feed(runner, text)
-    held: dict[int, tuple[list[int], set[int]]] = {}  # by row: its text, and the rows it sees
-    for _ in range(15):
-        first = choice.randint(len(text) + 1, len(text) + 24)
-        rows = range(first, first + choice.randint(1, 4))
-        held = {row: of for row, of in held.items() if of[1].isdisjoint(rows)}
-        tail = []
-        for row in rows:
-            parent = choice.choice([len(text) - 1, *(other for other in held if other < row)])
-            path, seen = held.get(parent, (text, set()))
-            token = choice.randrange(VOCAB_SIZE)
-            tail.append(TailToken(token, len(path), row, parent))
-            held[row] = ([*path, token], {*seen, row})
-        ranked = runner.forward_tree(TreeRow(Row(0, len(text), [], 0, GREEDY), tail))
-        for item, (drawn,) in zip(tail, ranked, strict=True):
-            assert [[drawn]] == linear.forward([Row(0, 0, held[item.row][0], 1, GREEDY)])
-
-
 def test_branches_alone_can_be_fed(make: Make) -> None:
     runner, linear = native(make("llama")), native(make("llama"))
     ids = random_ids(12)
@@ -198,3 +211,137 @@ def test_branches_alone_can_be_fed(make: Make) -> None:
         linear.forward([Row(0, 0, [*ids, 5], 1, GREEDY)])[0],
         linear.forward([Row(0, 0, [*ids, 5, 6], 1, GREEDY)])[0],
     ]
+
+
+def test_a_static_tree_leaves_the_text_as_an_ordinary_one_does(make: Make) -> None:
+    """The tokens that fill up a step are stored where nobody looks; a branch can be kept."""
+    folder = make("llama")
+    static_one, ordinary = static(folder), lean(folder)
+    row = Row(0, 20, [1, 2, 3], 1, GREEDY)
+    tail = [TailToken(7, 23, 40, 22), TailToken(8, 24, 41, 40), TailToken(9, 23, 42, 22)]
+    kept = TreeRow(Row(0, 25, [3], 1, GREEDY), (), keep=[40, 41], keep_start=23, num_ranked=2)
+    for runner in (static_one, ordinary):
+        feed(runner, random_ids(20))
+        runner.forward_tree(TreeRow(row, tail, num_ranked=2))
+    assert static_one.forward_tree(kept) == ordinary.forward_tree(kept)
+    expected = feed(ordinary, [5, 6], start=26)
+    assert largest(feed(static_one, [5, 6], start=26) - expected) < 1e-5
+
+
+def test_a_tree_that_is_too_large_for_a_static_step_is_fed_ordinarily(make: Make) -> None:
+    folder = make("llama", max_position_embeddings=LONG)
+    text = random_ids(60)
+    tail = [TailToken(n, 60, 100 + n, 59) for n in range(8)]
+    tree = TreeRow(Row(0, 0, text, 1, GREEDY), tail, num_ranked=3)
+    runner = static(folder)
+    paths = [text, *(path_of(item, text, tail) for item in tail)]
+    assert runner.forward_tree(tree) == ranks_in_one_line(lean(folder), paths)
+    assert runner._trees is not None and not runner._trees._forwards
+
+
+# Rows that are used again
+
+
+class Branches:
+    """A runner that feeds branches beside a text, held against one that feeds each as a text."""
+
+    def __init__(self, runner: Runner, alone: Runner):
+        self._runner, self._alone = runner, alone
+        self._choice = random.Random(0)
+        self._endings: dict[int, list[int]] = {}  # by cache row: the text that ends there
+        self.text = random_ids(12)
+        feed(runner, self.text)
+
+    def step(self, own: Sequence[int], *tail: tuple[int, int]) -> None:
+        """Feeds tokens of the text, and one for each (row, parent row)."""
+        row = Row(0, len(self.text), own, min(1, len(own)), GREEDY)
+        self.text += own
+        items, endings = [], [self.text] if own else []
+        for at, parent in tail:
+            before = self.text[: parent + 1] if parent < len(self.text) else self._endings[parent]
+            token = self._choice.randrange(VOCAB_SIZE)
+            self._endings[at] = [*before, token]
+            items.append(TailToken(token, len(before), at, parent))
+            endings.append(self._endings[at])
+        self._compare(TreeRow(row, items, num_ranked=3), endings)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Makes a branch the text, and feeds a token more."""
+        ending = self._endings[rows[-1]]
+        self.text = [*ending, 7]
+        row = Row(0, len(ending), [7], 1, GREEDY)
+        start = len(ending) - len(rows)
+        self._compare(TreeRow(row, (), rows, start, num_ranked=3), [self.text])
+
+    def _compare(self, tree: TreeRow, endings: Sequence[Sequence[int]]) -> None:
+        assert self._runner.forward_tree(tree) == ranks_in_one_line(self._alone, endings)
+
+
+@each_branching
+def test_two_branches_grow_in_turns_and_leave_their_rows_to_two_others(
+    make: Make, load: Load, load_alone: Load
+) -> None:
+    folder = make("llama")
+    branches = Branches(load(folder), load_alone(folder))
+    for first, second in ((70, 71), (71, 70), (70, 71)):  # the others, too, change places
+        branches.step([5], (70, len(branches.text)), (71, 3))
+        for row in range(2, 12, 2):
+            branches.step([], (first + row, first + row - 2))
+            branches.step([], (second + row, second + row - 2))
+        branches.step([6], (82, first + 10), (83, second + 10))
+    branches.keep([second, *range(second + 2, second + 12, 2), 83])
+
+
+@each_branching
+def test_a_new_branch_may_lie_below_those_that_live_on(
+    make: Make, load: Load, load_alone: Load
+) -> None:
+    folder = make("llama")
+    branches = Branches(load(folder), load_alone(folder))
+    ends = [100]
+    branches.step([5], (100, 12))
+    for first in (95, 90, 85, 80):
+        branches.step([], (first, 8))
+        for index, end in enumerate(ends):
+            branches.step([], (end + 1, end))
+            ends[index] = end + 1
+        ends.append(first)
+    branches.keep(range(100, ends[0] + 1))
+
+
+@each_branching
+@pytest.mark.parametrize("seed", range(3))
+def test_branches_come_fork_grow_and_end_at_random(
+    make: Make, load: Load, load_alone: Load, seed: int
+) -> None:
+    print(f"seed {seed}")
+    choice, folder = random.Random(seed), make("llama", max_position_embeddings=LONG)
+    branches = Branches(load(folder), load_alone(folder))
+    alive: list[list[int]] = []  # the rows of each, of which some are those of another as well
+    for _ in range(30):
+        while len(alive) > choice.randint(1, 6):
+            alive.remove(choice.choice(alive))
+        own = choice.choices(range(VOCAB_SIZE), k=choice.choice([0, 0, 1, 3]))
+        growing = choice.sample(alive, k=choice.randint(0, len(alive)))
+        starting: list[list[int]] = [[] for _ in range(choice.randint(0 if growing else 1, 3))]
+        count = len(growing) + len(starting)
+        used = {row for rows in alive for row in rows}
+        lowest = max([230, *(rows[-1] + 1 for rows in growing)])
+        places = [n for n in range(lowest, 700) if used.isdisjoint(range(n, n + count))]
+        first, num_own = choice.choice(places[:12]), len(branches.text) + len(own)
+        fed = [*growing, *starting]
+        parents = [rows[-1] if rows else choice.randrange(num_own) for rows in fed]
+        branches.step(own, *zip(range(first, first + count), parents, strict=True))
+        grown = [[*rows, first + index] for index, rows in enumerate(fed)]
+        kept = [rows for rows in alive if rows not in growing or choice.random() < 0.3]
+        alive = [*kept, *grown]
+    branches.keep(max(alive, key=len))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_branches_on_a_gpu_rank_what_the_cpu_ranks(make: Make) -> None:
+    folder = make("llama", max_position_embeddings=LONG)
+    check_far_into_a_text(on_gpu(folder), lean(folder))

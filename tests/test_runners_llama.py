@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from pipespec.runners.llama import LlamaRunner
 from pipespec.runners.native import NativeRunner
 from pipespec.runners.rows import CHUNK
 from pipespec.sampling import draw
+from tests.processes import run_python
 from tests.tiny import ARCHITECTURES, make_tiny, one_thread  # noqa: F401
 
 GREEDY = SamplingParams()
@@ -408,9 +407,7 @@ runner = load_runner(model, StagePlacement("cpu"), Path({str(make("llama"))!r}),
 runner.forward([Row(0, 0, [1, 2], 2, SamplingParams(temperature=1.0, top_p=0.9))])
 print(runner.info.runner, "transformers" in sys.modules)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    run = run_python(code)
     assert run.stdout.split() == [name, "False"], run.stderr
 
 

@@ -105,6 +105,14 @@ class World:
         self.waits_s.append(self.now_s - start_s)
         return arrived
 
+    @property
+    def descriptors(self) -> Sequence[int]:
+        return ()
+
+    def has_frames(self) -> bool:
+        self._play()
+        return self._links.has_frames()
+
     def close(self) -> None:
         self._links.close()
 

@@ -64,6 +64,27 @@ def pipeline(pair: Hierarchy) -> Iterator[AsyncChainSpeculativeDecoder]:
 
 
 @pytest.fixture(scope="module")
+def three() -> Hierarchy:
+    return hierarchy_of(DRAFT, MIDDLE, TARGET)
+
+
+@pytest.fixture(scope="module")
+def chain_of_three(three: Hierarchy) -> Iterator[ChainSpeculativeDecoder]:
+    with ChainSpeculativeDecoder(three) as decoder:
+        yield decoder
+
+
+@pytest.fixture(scope="module")
+def decoders(
+    greedy: GreedyDecoder,
+    chain_of_three: ChainSpeculativeDecoder,
+    pipeline: AsyncChainSpeculativeDecoder,
+) -> dict[str, Decoder]:
+    """By strategy, all with the same target."""
+    return {"greedy": greedy, "chain": chain_of_three, "async-chain": pipeline}
+
+
+@pytest.fixture(scope="module")
 def prompts(pair: Hierarchy) -> list[tuple[int, ...]]:
     """Held-out functions of the standard library, as token ids."""
     return [tuple(pair.tokenizer.encode(prompt.text)) for prompt in stdlib_prompts()[:6]]
@@ -130,22 +151,16 @@ def test_the_text_is_what_transformers_writes_with_the_target_alone(
             assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, hierarchy)
 
 
-@pytest.mark.parametrize("paths", [(DRAFT, TARGET), (DRAFT, MIDDLE, TARGET)], ids=["2", "3"])
 def test_prepared_outcomes_and_trees_leave_the_text_as_it_is(
-    paths: tuple[str, ...], prompts: list[tuple[int, ...]]
+    three: Hierarchy, greedy: GreedyDecoder, prompts: list[tuple[int, ...]]
 ) -> None:
-    hierarchy = hierarchy_of(*paths)
-    schedule = Schedule(outcomes=3, tree=4)
     num_hits = 0
-    with (
-        GreedyDecoder(hierarchy) as greedy,
-        AsyncChainSpeculativeDecoder(hierarchy, schedule) as decoder,
-    ):
+    with AsyncChainSpeculativeDecoder(three, Schedule(outcomes=3, tree=4)) as decoder:
         for prompt, sampling in zip(prompts, (SamplingParams(), *SAMPLED[:2])):
             params = replace(SHORT, sampling=sampling)
             expected = greedy.generate(prompt, params).token_ids
             generation = decoder.generate(prompt, params)
-            assert_same(expected, generation.token_ids, prompt, hierarchy)
+            assert_same(expected, generation.token_ids, prompt, three)
             num_hits += generation.counts[0]["num_outcome_hits"]
     assert num_hits > 0, "no verdict was foreseen: nothing was tested"
 
@@ -173,22 +188,25 @@ def test_greedy_writes_what_transformers_writes(
     ids=lambda value: value if isinstance(value, str) else f"{value.policy}-{value.lookahead}",
 )
 def test_the_schedule_does_not_change_the_text(
-    strategy: str, schedule: Schedule, greedy: GreedyDecoder, prompts: list[tuple[int, ...]]
+    strategy: str,
+    schedule: Schedule,
+    pair: Hierarchy,
+    greedy: GreedyDecoder,
+    prompts: list[tuple[int, ...]],
 ) -> None:
-    hierarchy = hierarchy_of(DRAFT, MIDDLE, TARGET)
-    with chain_or_pipeline(strategy, hierarchy, schedule) as decoder:
+    with chain_or_pipeline(strategy, pair, schedule) as decoder:
         for prompt in prompts[:2]:
             expected = greedy.generate(prompt, SHORT).token_ids
-            assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, hierarchy)
+            assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, pair)
 
 
-def test_a_hundred_requests_one_after_the_other(
+def test_forty_requests_one_after_the_other(
     greedy: GreedyDecoder,
     pipeline: AsyncChainSpeculativeDecoder,
     prompts: list[tuple[int, ...]],
 ) -> None:
     """What one request leaves behind would show in the next: prompts of all lengths alternate."""
-    for index in range(100):
+    for index in range(40):
         prompt = prompts[index % len(prompts)][: 1 + 7 * index % 60]
         params = GenerationParams(max_new_tokens=1 + index % 9)
         expected = greedy.generate(prompt, params).token_ids
@@ -216,19 +234,13 @@ def test_every_drafted_token_is_accounted_for(
 
 @pytest.mark.parametrize("sampling", SAMPLED, ids=["plain", "top-k", "top-p", "min-p"])
 def test_sampled_text_is_the_same_from_every_strategy(
-    sampling: SamplingParams,
-    greedy: GreedyDecoder,
-    pipeline: AsyncChainSpeculativeDecoder,
-    prompts: list[tuple[int, ...]],
+    sampling: SamplingParams, decoders: dict[str, Decoder], prompts: list[tuple[int, ...]]
 ) -> None:
     params = GenerationParams(40, sampling)
     texts = set()
-    with ChainSpeculativeDecoder(hierarchy_of(DRAFT, MIDDLE, TARGET)) as chain:
-        for prompt in prompts[:3]:
-            expected = greedy.generate(prompt, params)
-            assert chain.generate(prompt, params).token_ids == expected.token_ids
-            assert pipeline.generate(prompt, params).token_ids == expected.token_ids
-            texts.add(expected.text)
+    for prompt in prompts[:3]:
+        (text,) = {decoder.generate(prompt, params).token_ids for decoder in decoders.values()}
+        texts.add(text)
     assert len(texts) == 3
 
 
@@ -247,32 +259,28 @@ def test_another_seed_is_another_text(
 
 @pytest.mark.parametrize("strategy", ["greedy", "chain", "async-chain"])
 def test_the_text_ends_at_the_first_of_several_end_tokens(
-    strategy: str, pair: Hierarchy, greedy: GreedyDecoder, prompts: list[tuple[int, ...]]
+    strategy: str,
+    decoders: dict[str, Any],
+    prompts: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both end tokens, and the first of them twice, lie within what is drafted at once."""
-    written = greedy.generate(prompts[1], SHORT).token_ids
+    written = decoders["greedy"].generate(prompts[1], SHORT).token_ids
     place = next(i for i in range(8, len(written)) if written[i] not in written[:i])
     ends = (written[place], written[min(place + 2, len(written) - 1)])
     first = next(i for i, token in enumerate(written) if token in ends)
-    hierarchy = replace(pair, eos=ends)
-    made: Any = GreedyDecoder(hierarchy)
-    if strategy != "greedy":
-        made.close()
-        made = chain_or_pipeline(strategy, hierarchy, Schedule(lookahead=7))
-    with made as decoder:
-        output = decoder.generate(prompts[1], SHORT)
+    decoder = decoders[strategy]
+    monkeypatch.setattr(decoder, "hierarchy", replace(decoder.hierarchy, eos=ends))
+    output = decoder.generate(prompts[1], SHORT)
     assert output.token_ids == written[: first + 1]
     assert output.finish_reason == "eos"
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "async-chain"])
 def test_the_text_ends_before_a_stop_text_that_spans_tokens(
-    strategy: str,
-    greedy: GreedyDecoder,
-    pipeline: AsyncChainSpeculativeDecoder,
-    prompts: list[tuple[int, ...]],
+    strategy: str, decoders: dict[str, Decoder], prompts: list[tuple[int, ...]]
 ) -> None:
-    decoder: Decoder = greedy if strategy == "greedy" else pipeline
+    decoder = decoders[strategy]
     whole = decoder.generate(prompts[2], SHORT)
     middle = len(whole.text) // 2
     stop = whole.text[middle : middle + 5]
@@ -282,7 +290,7 @@ def test_the_text_ends_before_a_stop_text_that_spans_tokens(
     assert output.finish_reason == "stop"
     assert output.text == "".join(pieces) == whole.text[: whole.text.index(stop)]
     assert output.token_ids == whole.token_ids[: len(output.token_ids)]
-    assert stop not in pipeline.hierarchy.tokenizer.decode(output.token_ids[:-1])
+    assert stop not in decoder.hierarchy.tokenizer.decode(output.token_ids[:-1])
 
 
 def test_one_new_token_and_one_token_prompts(
@@ -325,15 +333,10 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_next_one_is_served(
 
 @pytest.mark.parametrize("strategy", ["greedy", "chain", "async-chain"])
 def test_the_pieces_of_a_stream_are_the_text(
-    strategy: str, pair: Hierarchy, prompts: list[tuple[int, ...]], greedy: GreedyDecoder
+    strategy: str, decoders: dict[str, Decoder], prompts: list[tuple[int, ...]]
 ) -> None:
-    expected = greedy.generate(prompts[3], SHORT).text
-    made: Any = GreedyDecoder(pair)
-    if strategy != "greedy":
-        made.close()
-        made = chain_or_pipeline(strategy, pair, Schedule())
-    with made as decoder:
-        pieces = list(decoder.stream(prompts[3], SHORT))
+    expected = decoders["greedy"].generate(prompts[3], SHORT).text
+    pieces = list(decoders[strategy].stream(prompts[3], SHORT))
     assert "".join(pieces) == expected
     assert len(pieces) > 3
 

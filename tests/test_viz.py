@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from processes import assert_draws_without_torch
 
 from viz.strategy_comparison import draw, main, read_bars
 
@@ -97,23 +96,7 @@ def test_runs_are_sorted_by_strategy_and_lookahead_as_a_number(tmp_path: Path) -
 def test_the_command_draws_a_folder_without_torch(tmp_path: Path) -> None:
     write_run(tmp_path, "greedy", [1.0, 2.0])
     write_run(tmp_path, "chain", [1.0, 1.5], lookahead=4)
-    picture = tmp_path / "picture.png"
-    code = (
-        "import sys; from viz.strategy_comparison import main\n"
-        f"assert main([{str(tmp_path)!r}, '--output', {str(picture)!r}]) == 0\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"2 runs: {picture}\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert_draws_without_torch("viz.strategy_comparison", tmp_path, "2 runs")
 
 
 def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import assert_draws_without_torch
 from test_comparison_measures import entrant, record, turn
 
 from pipespec.comparison.record import save
 from viz.race import draw, main, read_tables
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -37,23 +34,7 @@ def test_bars_are_medians_and_whiskers_reach_from_slowest_to_fastest() -> None:
 
 
 def test_the_command_draws_without_torch(path: Path) -> None:
-    picture = path.with_suffix(".png")
-    code = (
-        "import sys; from viz.race import main\n"
-        f"assert main([{str(path)!r}, '--output', {str(picture)!r}]) == 0\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"4 bars: {picture}\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert_draws_without_torch("viz.race", path, "4 bars")
 
 
 def test_a_file_without_turns_is_refused(

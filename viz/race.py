@@ -17,7 +17,7 @@ from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record, load
-from pipespec.comparison.tables import HEADLINES, extent, label, model_names
+from pipespec.comparison.tables import HEADLINES, extent, label, model_names, what_it_is
 from pipespec.errors import DataError
 from viz.pictures import check_format, save
 from viz.strategy_comparison import COLORS
@@ -80,8 +80,7 @@ def draw(record: Record, tables: Mapping[str, Sequence[Row]]) -> Figure:
         _draw_table(axes, rows)
         axes.set_title(f"{HEADLINES[table]}\n{metadata['tables'][table]}", fontsize=10)
         axes.set_xlim(0, _ROOM_FOR_LABELS * fastest)
-    emulated = "EMULATED: " if metadata["emulated"] else ""
-    title = f"{emulated}{' > '.join(model_names(metadata))}, {extent(record)}"
+    title = f"{what_it_is(metadata)}{' > '.join(model_names(metadata))}, {extent(record)}"
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -112,8 +111,7 @@ def _draw_table(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _color(row: Row) -> str:
     if row.entrant.kind == "own":
-        family = "async-chain" if "async" in row.entrant.name else row.entrant.name.split("-")[0]
-        return COLORS[family]
+        return COLORS[row.entrant.settings["strategy"]]
     return _PEER_COLOR if row.entrant.kind == "transformers" else _COMMAND_COLOR
 
 

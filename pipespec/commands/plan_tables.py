@@ -121,6 +121,7 @@ def answer_lines(best: Allocation, answer: Answer | None, system: System) -> lis
 def trial_table(trials: Sequence[Trial]) -> Table:
     """Measured beside predicted and ideal."""
     table = _table()
+    table.padding = (0, 0)  # or it has more than 80 columns
     table.add_column("stages", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     headers = ("measured\ntokens/s", "predicted\ntokens/s", "off by", "ideal\ntokens/s")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pipespec.commands.display import Display, SampleProgress
 from pipespec.commands.entry import library_errors
 from pipespec.commands.equality import Divergence, first_divergence, with_margins
 from pipespec.commands.inputs import Inputs, Prompt
+from pipespec.commands.payoff import is_enough, payoff_metadata
 from pipespec.commands.settings import AnyDecoder, Settings, open_decoder
-from pipespec.config import GenerationParams
-from pipespec.decoding import AsyncChainSpeculativeDecoder
+from pipespec.decoding import AsyncChainSpeculativeDecoder, Generation
 from pipespec.metrics import StageCounts, sample_metrics
+from pipespec.planning.payoff import WrittenText
 from pipespec.results import (
     OutputPlan,
     ResultWriter,
@@ -31,6 +32,7 @@ from pipespec.results import (
     sample_result,
 )
 from pipespec.results.reading import read_partial
+from pipespec.state.counts import Counts
 
 Result = Mapping[str, Any]
 WARM_UP_TOKENS: Final = 16
@@ -47,7 +49,12 @@ class Run:
 
 
 def describe_run(
-    strategy: str, settings: Settings, inputs: Inputs, output_dir: Path
+    strategy: str,
+    settings: Settings,
+    inputs: Inputs,
+    output_dir: Path,
+    *,
+    drop_stages: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """The file and the metadata of a strategy's run."""
     schedule = settings.schedule_of(strategy)
@@ -68,6 +75,7 @@ def describe_run(
         runner=settings.runner,
         environment=describe_environment(),
         started_at=_now(),
+        drop_stages=drop_stages,
     )
     return output_dir / file_name, metadata
 
@@ -80,13 +88,15 @@ def plan_run(
     *,
     force: bool,
     resume: bool,
+    drop_stages: bool = False,
 ) -> Run:
-    """What is to be done for a strategy.
+    """What is to be done for a strategy. drop_stages: async-chain goes on without those that turn
+    out not to pay.
 
     Raises:
         UsageError: its file is another run's, or the folder cannot be written.
     """
-    path, metadata = describe_run(strategy, settings, inputs, output_dir)
+    path, metadata = describe_run(strategy, settings, inputs, output_dir, drop_stages=drop_stages)
     plan = plan_output(path, metadata, force=force, resume=resume)
     return Run(strategy, path, metadata, plan)
 
@@ -103,20 +113,13 @@ def run_strategy(
     Raises:
         PipeSpecError: with a note on what was kept, like anything else that ends the run early.
     """
-    with contextlib.ExitStack() as models:
-        with (
-            library_errors(f"{run.strategy}, while its models were loaded,"),
-            display.loading(run.strategy, settings.models) as on_progress,
-        ):
-            decoder = open_decoder(run.strategy, inputs.hierarchy, settings, on_progress)
-            models.callback(decoder.close)
-            _warm_up(decoder, inputs.prompts[0], settings.generation)
+    with _Models(run, settings, inputs, display) as models:
+        models.load(_stages_at_start(run, inputs))
         with _writer(run, len(inputs.prompts)) as writer:
-            writer.update_metadata(pids=_pids(decoder))
-            with display.samples(run.strategy, len(writer.done), len(inputs.prompts)) as progress:
-                for prompt in inputs.prompts:
-                    if prompt.index not in writer.done:
-                        writer.add(_generate(decoder, prompt, settings.generation, progress))
+            writer.update_metadata(pids=models.pids)
+            if run.strategy == "async-chain" and writer.metadata.get("payoff") is None:
+                _judge_stages(models, writer, greedy)
+            models.write_samples(writer)
             models.close()  # room for the target alone
             _record_differences(writer, inputs, settings, greedy, display)
             if run.strategy != "greedy":
@@ -158,24 +161,106 @@ def effective_schedule(metadata: Mapping[str, Any], results: Sequence[Result]) -
     }
 
 
-def _warm_up(decoder: AnyDecoder, prompt: Prompt, generation: GenerationParams) -> None:
-    """What happens only once (first calls, first measurements of a policy) is not timed."""
-    limit = min(WARM_UP_TOKENS, generation.max_new_tokens)
-    decoder.generate(prompt.ids, replace(generation, max_new_tokens=limit))
+class _Models:
+    """The models of a run, all of its stages or some of them, and what they write. A context
+    manager. pids: of all processes that have held a model."""
+
+    def __init__(self, run: Run, settings: Settings, inputs: Inputs, display: Display) -> None:
+        self.run = run
+        self.settings = settings
+        self.inputs = inputs
+        self.display = display
+        self.stages: tuple[int, ...] = ()
+        self.pids: list[int] = []
+        self._decoder: AnyDecoder | None = None
+
+    def load(self, stages: tuple[int, ...]) -> None:
+        """These stages in place of those that ran before. The target alone is what greedy does."""
+        self.close()
+        self.stages = stages
+        strategy = self.run.strategy if len(stages) > 1 else "greedy"
+        hierarchy = self.inputs.hierarchy.only(stages)
+        with (
+            library_errors(f"{self.run.strategy}, while its models were loaded,"),
+            self.display.loading(self.run.strategy, hierarchy.models) as on_progress,
+        ):
+            self._decoder = open_decoder(strategy, hierarchy, self.settings, on_progress)
+            self._warm_up(self._decoder)
+        self.pids += _pids(self._decoder)
+
+    def write_samples(
+        self,
+        writer: ResultWriter,
+        until: Callable[[dict[int, WrittenText]], bool] = lambda _: False,
+    ) -> dict[int, WrittenText]:
+        """Those that are not on the disk yet, until they are enough; returns them, by sample."""
+        texts: dict[int, WrittenText] = {}
+        prompts, strategy = self.inputs.prompts, self.run.strategy
+        with self.display.samples(strategy, len(writer.done), len(prompts)) as progress:
+            for prompt in prompts:
+                if prompt.index not in writer.done and not until(texts):
+                    result, texts[prompt.index] = self._write_sample(prompt, progress)
+                    writer.add(result)
+        return texts
+
+    def close(self) -> None:
+        """Ends processes and frees memory. Idempotent."""
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _warm_up(self, decoder: AnyDecoder) -> None:
+        """What happens only once (first calls, first measurements of a policy) is not timed."""
+        generation = self.settings.generation
+        limit = min(WARM_UP_TOKENS, generation.max_new_tokens)
+        decoder.generate(self.inputs.prompts[0].ids, replace(generation, max_new_tokens=limit))
+
+    def _write_sample(
+        self, prompt: Prompt, progress: SampleProgress
+    ) -> tuple[dict[str, Any], WrittenText]:
+        """One sample, as an item of `results` and as its counts."""
+        assert self._decoder is not None
+        started_s = perf_counter()
+        with library_errors(f"{self.run.strategy}, on sample {prompt.index},"):
+            output = self._decoder.generate(prompt.ids, self.settings.generation, progress.on_text)
+        progress.on_sample(len(output.token_ids), output.total_time_s)
+        counts = tuple(StageCounts.from_values(values) for values in output.counts)
+        more: dict[str, Any] = {}
+        if self.run.metadata["drop_stages"]:
+            more["stages"] = self.stages
+            counts = self._of_all_stages(counts)
+        result = _sample_result(self.run.strategy, prompt, output, counts, started_s, more)
+        return result, WrittenText(counts, output.total_time_s)
+
+    def _of_all_stages(self, counts: Sequence[StageCounts]) -> tuple[StageCounts, ...]:
+        """A stage that was left out did nothing, so that all samples of a run have lists of the
+        same length."""
+        idle, by_stage = (
+            StageCounts.from_values(Counts().to_values()),
+            dict(zip(self.stages, counts)),
+        )
+        return tuple(by_stage.get(stage, idle) for stage in range(len(self.settings.models)))
 
 
-def _generate(
-    decoder: AnyDecoder, prompt: Prompt, generation: GenerationParams, progress: SampleProgress
+def _sample_result(
+    strategy: str,
+    prompt: Prompt,
+    output: Generation,
+    counts: Sequence[StageCounts],
+    started_s: float,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """One sample, as an item of `results`."""
-    started_s = perf_counter()
-    with library_errors(f"{decoder.strategy}, on sample {prompt.index},"):
-        output = decoder.generate(prompt.ids, generation, progress.on_text)
-    progress.on_sample(len(output.token_ids), output.total_time_s)
+    """An item of `results`."""
     times_s = [at_s for at_s, _ in output.arrivals]
     metrics = sample_metrics(
-        decoder.strategy,
-        [StageCounts.from_values(counts) for counts in output.counts],
+        strategy,
+        counts,
         total_time_s=output.total_time_s,
         time_to_first_token_s=output.time_to_first_token_s,
         num_tokens=len(output.token_ids),
@@ -185,14 +270,42 @@ def _generate(
     metrics["arrivals"] = output.arrivals
     return sample_result(
         prompt.index,
-        decoder.strategy,
+        strategy,
         metrics,
         output.text,
         prompt.text,
         num_prompt_tokens=output.num_prompt_tokens,
         finish_reason=output.finish_reason,
         output_ids=output.token_ids,
+        **more,
     )
+
+
+def _stages_at_start(run: Run, inputs: Inputs) -> tuple[int, ...]:
+    """All that the strategy runs, without those that an interrupted run had left out."""
+    whole = tuple(range(len(inputs.hierarchy.models)))
+    if run.strategy == "greedy":
+        return whole[-1:]
+    stored = read_partial(partial_path(run.path)).metadata if run.plan is OutputPlan.RESUME else {}
+    found = (stored or {}).get("payoff")
+    return tuple(found["best"]) if found and found["dropped"] else whole
+
+
+def _judge_stages(models: _Models, writer: ResultWriter, greedy: Sequence[Result]) -> None:
+    """Writes samples and records which stages paid meanwhile. With --drop-stages that is done as
+    soon as enough is written, and those that paid are loaded for the others; else at the end."""
+    drops = bool(models.run.metadata["drop_stages"])
+    texts = models.write_samples(writer, until=is_enough if drops else lambda _: False)
+    if not is_enough(texts):
+        return
+    drops = drops and len(writer.done) < len(models.inputs.prompts)
+    found = payoff_metadata(texts, models.settings.schedule, greedy, drops)
+    writer.update_metadata(payoff=found)
+    if found["dropped"]:
+        names = " and ".join(models.settings.models[stage].name for stage in found["dropped"])
+        models.display.line(f"{models.run.strategy}: going on without {names}")
+        models.load(found["best"])
+        writer.update_metadata(pids=models.pids)
 
 
 @contextlib.contextmanager

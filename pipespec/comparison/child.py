@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import IO, Any
 
 from pipespec.comparison.speaker import Speaker
@@ -58,6 +59,7 @@ def _serve(spec: Mapping[str, Any], answers: IO[str]) -> None:
                     "seconds": answer.seconds,
                     "first_token_s": answer.first_token_s,
                     "num_first_tokens": answer.num_first_tokens,
+                    "stages": [asdict(stage) for stage in answer.stages],
                 },
             )
 

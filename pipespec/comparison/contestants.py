@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from pipespec.checkpoint import CheckpointShape
+from pipespec.comparison import ablation
 from pipespec.config import ModelConfig
 from pipespec.decoding import Hierarchy
 from pipespec.errors import UsageError
@@ -77,7 +78,7 @@ class Choices:
 
     chain_lookaheads, assistant_tokens ("default", "heuristic" or a number), lookup_tokens: variants
     of chain, assisted generation and prompt lookup. outcomes: each one more async-chain. commands:
-    name and command line of others.
+    name and command line of others. ablation: in place of the usual contestants, our own policies.
     """
 
     chain_lookaheads: tuple[int, ...] = (2, 3, 4, 6, 8)
@@ -85,6 +86,7 @@ class Choices:
     assistant_tokens: tuple[str, ...] = (HEURISTIC, LIBRARY_DEFAULT)
     lookup_tokens: tuple[int, ...] = (10,)
     commands: tuple[tuple[str, str], ...] = ()
+    ablation: bool = False
 
 
 def line_up(
@@ -222,12 +224,29 @@ class _Entry:
 
 
 def _entries(choices: Choices) -> list[_Entry]:
-    chains = [Variant(f"lookahead {n}", {"lookahead": n}) for n in choices.chain_lookaheads]
+    usual = _ablation_entries if choices.ablation else _race_entries
+    return [
+        *usual(choices),
+        *(_Entry(name, "command", 1, {"command": text}) for name, text in choices.commands),
+    ]
+
+
+def _ablation_entries(choices: Choices) -> list[_Entry]:
+    """Greedy, the best chain, and async-chain with more and fewer policies."""
+    chains = (Variant("auto", {}), *_fixed_chains(choices))
+    return [
+        _Entry(GREEDY, "own", 1, {"strategy": "greedy"}),
+        _Entry("chain", "own", 2, {"strategy": "chain"}, chains),
+        *(_async(name, schedule) for name, schedule in ablation.schedules().items()),
+    ]
+
+
+def _race_entries(choices: Choices) -> list[_Entry]:
     assisted = [Variant(_words(text), {"tokens": text}) for text in choices.assistant_tokens]
     lookups = [Variant(f"{n} tokens", {"tokens": n}) for n in choices.lookup_tokens]
     return [
         _Entry(GREEDY, "own", 1, {"strategy": "greedy"}),
-        _Entry("chain", "own", 2, {"strategy": "chain"}, tuple(chains)),
+        _Entry("chain", "own", 2, {"strategy": "chain"}, _fixed_chains(choices)),
         _Entry("chain-auto", "own", 2, {"strategy": "chain"}),
         _async("async-chain", {}),
         _async("async-chain-pipespec", {"policy": "pipespec", "lookahead": 0}),
@@ -235,8 +254,11 @@ def _entries(choices: Choices) -> list[_Entry]:
         _Entry("transformers", "transformers", 1, {"mode": "plain"}),
         _Entry("transformers-assisted", "transformers", 2, {"mode": "assisted"}, tuple(assisted)),
         _Entry("transformers-lookup", "transformers", 1, {"mode": "lookup"}, tuple(lookups)),
-        *(_Entry(name, "command", 1, {"command": text}) for name, text in choices.commands),
     ]
+
+
+def _fixed_chains(choices: Choices) -> tuple[Variant, ...]:
+    return tuple(Variant(f"lookahead {n}", {"lookahead": n}) for n in choices.chain_lookaheads)
 
 
 def _async(name: str, schedule: Mapping[str, Any]) -> _Entry:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, Final
 
 from pipespec.comparison.contestants import GREEDY
+from pipespec.comparison.drafting import DraftRates, draft_rates
 from pipespec.comparison.record import Entrant, PromptResult, Record, Turn
 
 OWN: Final = "own"
@@ -53,7 +54,7 @@ class Sameness:
 class Row:
     """One contestant in one table. variant: its best one, by the median; others: the medians of all
     its variants. ratio: to greedy of the same table; None without one. sameness: None where texts
-    cannot be compared."""
+    cannot be compared. drafts: of its best variant; None where nobody drafted, or tells of it."""
 
     entrant: Entrant
     variant: str
@@ -61,6 +62,7 @@ class Row:
     ratio: Spread | None
     sameness: Sameness | None
     others: Mapping[str, float]
+    drafts: DraftRates | None
 
 
 def spread(values: Iterable[float]) -> Spread | None:
@@ -107,6 +109,7 @@ def _row(record: Record, entrant: Entrant, greedy: Sequence[Turn]) -> Row | None
         # All variants must write greedy's text, not only the fastest.
         sameness(turns, greedy, record.outputs) if comparable else None,
         {label: speed.median for label, speed in speeds.items()},
+        draft_rates(p.stages for turn in by_variant[best] for p in turn.prompts),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipespec.comparison.drafting import StageSums
 from pipespec.comparison.speaker import Answer, Speaker
 from pipespec.comparison.specification import model_of, place_of
 from pipespec.config import GenerationParams, SamplingParams, Schedule
@@ -19,6 +20,7 @@ from pipespec.decoding import (
     open_hierarchy,
 )
 from pipespec.errors import ModelLoadError
+from pipespec.metrics import StageCounts
 from pipespec.worker import pin
 
 AnyDecoder = GreedyDecoder | ChainSpeculativeDecoder | AsyncChainSpeculativeDecoder
@@ -45,6 +47,7 @@ class OwnSpeaker:
             output.total_time_s,
             output.time_to_first_token_s,
             output.arrivals[0][1],
+            tuple(StageSums.of(StageCounts.from_values(values)) for values in output.counts),
         )
 
 
@@ -63,22 +66,24 @@ def open_own(spec: Mapping[str, Any]) -> Iterator[Speaker]:
         info: dict[str, Any] = {}
         if isinstance(decoder, AsyncChainSpeculativeDecoder):
             info["stages"] = list(decoder.pipeline.infos)
-            check_outcomes(schedule, info["stages"])
+            check_branches(schedule, info["stages"])
         yield OwnSpeaker(decoder, SamplingParams(**spec["sampling"]), info)
 
 
-def check_outcomes(schedule: Schedule, stages: Sequence[Mapping[str, Any]]) -> None:
-    """Whether any draft can prepare the outcomes that the schedule asks for; without, this would be
-    another contestant under a wrong name. stages: what each runner says of itself, target last.
+def check_branches(schedule: Schedule, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Whether any draft can prepare the outcomes that the schedule asks for, and any stage after it
+    verify a tree of them; without, this would be another contestant under a wrong name. stages:
+    what each runner says of itself, target last.
 
     Raises:
         ModelLoadError: none can.
     """
+    can = [stage["num_tail_rows"] > 0 for stage in stages]
     by_default = Schedule(schedule.policy).outcomes
-    if schedule.outcomes not in (0, by_default) and not any(
-        stage["num_tail_rows"] for stage in stages[:-1]
-    ):
+    if schedule.outcomes not in (0, by_default) and not any(can[:-1]):
         raise ModelLoadError("the runners of its drafts prepare no outcomes")
+    if schedule.tree and not any(can[1:]):
+        raise ModelLoadError("the runners after its first draft verify no trees")
 
 
 def _hierarchy(spec: Mapping[str, Any], strategy: str) -> Hierarchy:

@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 
 from pipespec.commands.inputs import Inputs, Prompt
 from pipespec.comparison.contestants import Contestant, Variant
+from pipespec.comparison.drafting import StageSums
 from pipespec.comparison.process import ContestantFailed, Group
 from pipespec.comparison.record import PromptResult, Record, Turn, save
 from pipespec.comparison.specification import environment_of, specification
@@ -247,6 +248,7 @@ class Race:
             answer["first_token_s"],
             answer["num_first_tokens"],
             self._record.store(answer["token_ids"], text),
+            tuple(StageSums(**stage) for stage in answer["stages"]),
         )
 
     def _command_turn(self, number: int, contestant: Contestant) -> Turn:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from pipespec.comparison.drafting import StageSums
 from pipespec.errors import DataError, PipeSpecError, UsageError
 from pipespec.results.metadata import plain
 
@@ -30,7 +31,7 @@ class PromptResult:
     index: of the prompt in the data set. num_tokens: generated. seconds: from the request to the
     last token, prefill included. first_token_s: to the first tokens, of which there were
     num_first_tokens; None where a contestant does not tell. output: key in `Record.outputs`, None
-    where a contestant does not show what it wrote.
+    where a contestant does not show what it wrote. stages: what each of our stages counted.
     """
 
     index: int
@@ -39,6 +40,7 @@ class PromptResult:
     first_token_s: float | None = None
     num_first_tokens: int | None = None
     output: str | None = None
+    stages: tuple[StageSums, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +197,13 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 
 def _turn(values: Mapping[str, Any]) -> Turn:
-    prompts = tuple(PromptResult(**prompt) for prompt in values["prompts"])
+    prompts = tuple(_prompt(prompt) for prompt in values["prompts"])
     return Turn(values["round"], values["contestant"], values["variant"], prompts)
+
+
+def _prompt(values: Mapping[str, Any]) -> PromptResult:
+    stages = tuple(StageSums(**stage) for stage in values.get("stages", ()))
+    return PromptResult(**{**values, "stages": stages})
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

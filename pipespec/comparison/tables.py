@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipespec.comparison import ablation
 from pipespec.comparison.contestants import GREEDY
-from pipespec.comparison.measures import Row, table_rows
+from pipespec.comparison.drafting import DraftRates
+from pipespec.comparison.measures import Row, Spread, table_rows
 from pipespec.comparison.record import Record
 
 NOTHING: Final = "-"
 _BUSY_LOAD: Final = 1.0
-_HEADERS: Final = ("tokens/s", "slowest-\nfastest", "x greedy", "same text\nas greedy")
 HEADLINES: Final = {
     "device": "Same device for the target",
     "total": "Same total hardware",
@@ -29,9 +30,10 @@ def print_tables(record: Record, console: Console) -> None:
         if rows:
             _line(console, table_title(record, table))
             _line(console, "")
-            console.print(_table(rows))
+            console.print(_table(rows, _columns(record.metadata)))
             _line(console, "")
     for line in (
+        *(ablation.NOTES if record.metadata.get("ablation") else ()),
         *_variant_lines(by_table),
         *_slower_lines(by_table),
         *left_out_lines(record),
@@ -44,23 +46,28 @@ def table_title(record: Record, table: str) -> str:
     """What the table is of: hardware, models, prompts."""
     metadata = record.metadata
     models = " > ".join(model_names(metadata))
-    emulated = "EMULATED: " if metadata["emulated"] else ""
     temperature = metadata["sampling"]["temperature"]
     sampled = f", temperature {temperature:g}" if temperature else ""
     return (
-        f"{emulated}{HEADLINES[table]}: {metadata['tables'][table]}\n"
+        f"{what_it_is(metadata)}{HEADLINES[table]}: {metadata['tables'][table]}\n"
         f"{models}, {extent(record)}, at most {metadata['max_new_tokens']} new tokens{sampled}"
     )
 
 
+def what_it_is(metadata: Mapping[str, Any]) -> str:
+    """What every title begins with where not all is real."""
+    kinds = [kind for kind in ("simulated", "emulated") if metadata.get(kind)]
+    return f"{', '.join(kinds).upper()}: " if kinds else ""
+
+
 def extent(record: Record) -> str:
-    """How much was raced: "6 prompts of stdlib, 3 rounds"."""
+    """How much was raced: "6 prompts of stdlib, 3 rounds"; simulated rounds would all be equal."""
     num_prompts = record.metadata["num_samples"]
+    prompts = f"{num_prompts} prompt{_s(num_prompts)} of {record.metadata['dataset']}"
+    if record.metadata.get("simulated"):
+        return prompts
     num_rounds = max((turn.round for turn in record.turns), default=0)
-    return (
-        f"{num_prompts} prompt{_s(num_prompts)} of {record.metadata['dataset']}, "
-        f"{num_rounds} round{_s(num_rounds)}"
-    )
+    return f"{prompts}, {num_rounds} round{_s(num_rounds)}"
 
 
 def model_names(metadata: Mapping[str, Any]) -> list[str]:
@@ -86,26 +93,52 @@ def busy_lines(metadata: Mapping[str, Any]) -> list[str]:
     """A line where the machine had other work when the race began; of all there is to disturb one,
     this does it most."""
     load = metadata["load_average_before"][0]
-    if load < _BUSY_LOAD:
+    if load < _BUSY_LOAD or metadata.get("simulated"):
         return []
     return [f"a busy machine: load average {load:.1f} before the race; repeat it on an idle one"]
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _columns(metadata: Mapping[str, Any]) -> dict[str, Callable[[Row], str]]:
+    """The text of a row, by header."""
+    columns = {"tokens/s": lambda row: _speed(row.tokens_per_s.median)}
+    if not metadata.get("simulated"):
+        columns["slowest-\nfastest"] = _range
+    columns["x greedy"] = lambda row: _ratio(row.ratio)
+    if metadata.get("ablation"):
+        columns["block\neffic."] = lambda row: _rates(row, lambda d: (d.block_efficiency,))
+        columns["hit\nrate"] = _hit_rates
+        columns["wasted"] = lambda row: _rates(row, lambda d: d.wastages)
+    columns["same text\nas greedy"] = _sameness
+    return columns
+
+
+def _table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("contestant", no_wrap=True)
-    for header in _HEADERS:
+    for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        speed = row.tokens_per_s
-        table.add_row(
-            label(row),
-            _speed(speed.median),
-            f"{_speed(speed.low)}-{_speed(speed.high)}",
-            NOTHING if row.ratio is None else f"{row.ratio.median:.2f}x",
-            _sameness(row),
-        )
+        table.add_row(label(row), *(text(row) for text in columns.values()))
     return table
+
+
+def _range(row: Row) -> str:
+    return f"{_speed(row.tokens_per_s.low)}-{_speed(row.tokens_per_s.high)}"
+
+
+def _ratio(ratio: Spread | None) -> str:
+    return NOTHING if ratio is None else f"{ratio.median:.2f}x"
+
+
+def _hit_rates(row: Row) -> str:
+    """Nothing where nobody prepares for anything."""
+    prepares = row.entrant.settings.get("schedule", {}).get("outcomes")
+    return _rates(row, lambda d: d.hit_rates) if prepares else NOTHING
+
+
+def _rates(row: Row, which: Callable[[DraftRates], Sequence[float | None]]) -> str:
+    rates = which(row.drafts) if row.drafts is not None else (None,)
+    return " ".join(NOTHING if rate is None else f"{rate:.2f}" for rate in rates)
 
 
 def _sameness(row: Row) -> str:

@@ -18,9 +18,9 @@ from pipespec.decoding.greedy import DEFAULTS
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.decoding.local import close_all, load_runners, pinned
 from pipespec.errors import UsageError
+from pipespec.forwards import forward_step
 from pipespec.messages import LAUNCHER, Abort, Finish, Frame, Link, Message, Output, Stats, Submit
 from pipespec.policy import FIRST_MOST, make_policy
-from pipespec.runners.base import Row
 from pipespec.state import Role, StageState, Step
 
 Delivery = tuple[int, Link, Frame]
@@ -128,13 +128,13 @@ class ChainSpeculativeDecoder:
     def _forward(self, index: int, step: Step) -> None:
         state = self._states[index]
         sampling = state.requests[step.request].submit.sampling
-        row = Row(0, step.start, step.ids, step.num_draws, sampling)
         start_s = time.perf_counter()
-        runner = self._runners[index]
-        draws = [(token,) for token in runner.forward([row])[0]]
-        for _ in range(step.num_more):
-            row = row.after(draws[-1][0])
-            draws += [(token,) for token in runner.forward([row])[0]]
+        following: Step | None = step
+        while following is not None:
+            *others, draws = forward_step(self._runners[index], 0, sampling, following, 1)
+            for earlier in others:
+                state.draw_on(earlier)
+            following = state.draw_on(draws)
         end_s = time.perf_counter()
         self._post(index, state.end_step(draws, start_s, end_s))
         state.learn()

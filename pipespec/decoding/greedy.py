@@ -66,7 +66,7 @@ class GreedyDecoder:
                     token = runner.forward([Row(0, position, ids, 1, submit.sampling)])[0][0]
                     end_s = time.perf_counter()
                     step = Step(submit.request, position, ids, 0, is_prefill=position == 0)
-                    self._counts.log_step(step, 0, 1, start_s, end_s)
+                    self._counts.log_step([step], 0, 1, start_s, end_s)
                     reason = check(token)
                     yield (token,), reason
                     position, ids = position + len(ids), (token,)

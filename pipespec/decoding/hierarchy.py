@@ -46,10 +46,12 @@ class Hierarchy:
     @property
     def target_only(self) -> Hierarchy:
         """The same target where it stood, without drafts: what `greedy` loads."""
-        return self.part([len(self.models) - 1])
+        return self.only((len(self.models) - 1,))
 
-    def part(self, stages: Sequence[int]) -> Hierarchy:
-        """Some of the models, each where it stood; the target must be the last."""
+    def only(self, stages: Sequence[int]) -> Hierarchy:
+        """Some of the models, by index in rising order, the target among them. Each stays where it
+        stood."""
+        assert stages[-1] == len(self.models) - 1
         return replace(
             self,
             models=tuple(self.models[stage] for stage in stages),

@@ -10,6 +10,8 @@ stretches             mean lengths of easy and hard passages in tokens, {"easy":
 rank_exponent         where the draft is wrong, the target's token is not among its first n
                       choices with probability n ** -rank_exponent; default 0.86, that of the
                       demo family; 0: it never is among them
+second_share          where the draft is wrong, how often the target's token is its second choice,
+                      the ranks below keeping their proportions; default what rank_exponent says
 vocab_size            default: the tokenizer's; equal in all stages
 context_length        default 131072
 seed                  default 0; equal in all stages
@@ -46,6 +48,7 @@ class Emulation:
     agreement: tuple[float, float] | None = None
     stretches: Stretches | None = None
     rank_exponent: float = DEMO_RANK_EXPONENT
+    second_share: float | None = None
     vocab_size: int = NUM_IDS
     context_length: int = 1 << 17
     seed: int = 0
@@ -78,6 +81,7 @@ class Emulation:
             hard_agreement=hard if self.stretches else None,
             stretches=self.stretches,
             rank_exponent=self.rank_exponent,
+            second_share=self.second_share,
             own=hash_tokens(name.encode()),
             eos=self.eos_token_id,
             eos_after=self.eos_after,
@@ -98,6 +102,7 @@ def parse_emulation(values: Mapping[str, Any], name: str) -> Emulation:
     for key, whole, low, high in (
         ("prefill_ms_per_token", False, 0, 1e6),
         ("rank_exponent", False, 0, 100),
+        ("second_share", False, 0, 1),
         ("vocab_size", True, 3, NUM_IDS),
         ("context_length", True, 1, 1 << 40),
         ("seed", True, 0, (1 << 63) - 1),

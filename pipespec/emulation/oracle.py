@@ -16,6 +16,7 @@ branch, and yet needs no memory and no position.
 *Ranks.* Where the target's token is not a draft's first choice it is its 2nd, 3rd, ... choice:
 P(not among the first n) = n ** -rank_exponent. That is the miss law of SSD (arXiv 2603.03251); the
 demo family, measured, has 0.86: among the first 2, 3, 4, 8 choices in 45, 61, 70, 83 % of cases.
+With `second_share` it is the 2nd so often, and below that the law's shares keep their proportion.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Oracle:
     hard_agreement: float | None = None
     stretches: Stretches | None = None
     rank_exponent: float = DEMO_RANK_EXPONENT
+    second_share: float | None = None
     own: int = 0
     eos: int | None = None
     eos_after: int | None = None
@@ -118,9 +120,13 @@ class Oracle:
         matters."""
         if self.agrees(prefix_hash):
             return 1
+        rest = 1.0 - self._uniform(prefix_hash, _RANK)
+        if self.second_share is not None:
+            if rest > 1.0 - self.second_share:
+                return 2
+            rest *= 2.0**-self.rank_exponent / (1.0 - self.second_share)
         if self.rank_exponent <= 0.0:
             return None
-        rest = 1.0 - self._uniform(prefix_hash, _RANK)
         rank = 1.0 + rest ** (-1.0 / self.rank_exponent)
         return int(rank) if rank <= self.vocab_size else None
 
@@ -184,6 +190,8 @@ class Oracle:
         seen = set() if is_end else {index}
         wanted = self.stretches and self._next_is_hard(prefix_hash)
         for attempt in range(_TRIES):
+            if len(seen) == count:
+                return  # of a small vocabulary, all
             stream = _WRONG + self.seed + self.own + attempt * _STRIDE
             other = (index + 1 + extend(prefix_hash, stream) % (count - 1)) % count
             token = self._id(other)

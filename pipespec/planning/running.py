@@ -86,7 +86,7 @@ class Runs:
 
     def _pipeline(self, stages: Sequence[int], schedule: Schedule) -> AsyncChainSpeculativeDecoder:
         return AsyncChainSpeculativeDecoder(
-            self.hierarchy.part(stages),
+            self.hierarchy.only(stages),
             schedule,
             transport=self.transport,
             ready_timeout_s=self.ready_timeout_s,

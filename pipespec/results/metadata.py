@@ -26,6 +26,7 @@ DEFINING: Final = (
     "run_ahead",
     "outcomes",
     "tree",
+    "drop_stages",
     "runner",
     "dataset",
     "dataset_digest",
@@ -51,17 +52,20 @@ def run_metadata(
     runner: str,
     environment: Mapping[str, Any],
     started_at: str,
+    drop_stages: bool = False,
 ) -> dict[str, Any]:
     """What is known before the run starts.
 
-    `pids` and `effective_schedule` are placeholders until `ResultWriter.update_metadata` fills
-    them, and so is `lookahead` (0) while the policy chooses it. Greedy has a target and no
+    `pids`, `effective_schedule` and `payoff` are placeholders until `ResultWriter.update_metadata`
+    fills them, and so is `lookahead` (0) while the policy chooses it. Greedy has a target and no
     schedule, whatever was asked for, so that its file does not depend on either.
 
     Args:
         runner: what `--runner` said; each model's own is in `model_configs`.
         environment: of `describe_environment`.
         started_at: ISO 8601, with its offset from UTC.
+        drop_stages: whether async-chain leaves out stages that do not pay. None where it does not:
+            files from before there was a choice say nothing of it.
     """
     is_greedy = strategy == "greedy"
     metadata = {
@@ -76,7 +80,9 @@ def run_metadata(
         "run_ahead": None if is_greedy else schedule.run_ahead,
         "outcomes": schedule.outcomes if strategy == "async-chain" else None,
         "tree": schedule.tree if strategy == "async-chain" else None,
+        "drop_stages": True if drop_stages and strategy == "async-chain" else None,
         "effective_schedule": None,
+        "payoff": None,
         "runner": runner,
         "dataset_source": dataset_source,
         "dataset_digest": dataset_digest,

@@ -33,10 +33,6 @@ class Row:
     num_draws: int
     sampling: SamplingParams
 
-    def after(self, token: int) -> Row:
-        """The row that feeds the last draw of this one."""
-        return Row(self.slot, self.start + len(self.ids), (token,), 1, self.sampling)
-
 
 @dataclass(frozen=True, slots=True)
 class TailToken:
@@ -68,11 +64,27 @@ class TreeRow:
 
 
 @dataclass(frozen=True, slots=True)
+class BurstRow:
+    """A tree, and forwards that follow it, each over what the one before ranked first: after the
+    last own token of the row, which has one draw at most, and after each of the tail.
+
+    rounds: in how many of them each of the tail goes on, in descending order, each time in the
+    cache row `len(tree.tail)` after its last. num_more: the most of them. descriptors: of files;
+    once one of these can be read no further forward begins.
+    """
+
+    tree: TreeRow
+    rounds: Sequence[int]
+    num_more: int
+    descriptors: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerInfo:
     """Facts about a loaded model. `vocab_size` is the number of ids that may be drawn (the
     tokenizer's), `context_length` the largest number of positions a slot can hold,
     `num_tail_rows` how many cache rows beyond them branches may use (0: `forward_tree` is not to
-    be called)."""
+    be called), `has_bursts` whether it is a `BurstRunner`."""
 
     name: str
     runner: str
@@ -84,6 +96,7 @@ class RunnerInfo:
     weight_bytes: int
     attention: str = ""
     num_tail_rows: int = 0
+    has_bursts: bool = False
 
 
 @runtime_checkable
@@ -113,4 +126,14 @@ class BranchingRunner(ModelRunner, Protocol):
     def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
         """One forward of a text and branches of it: the row's draws, then one after each of
         `row.tail`, `row.num_ranked` tokens each, best first."""
+        ...
+
+
+@runtime_checkable
+class BurstRunner(BranchingRunner, Protocol):
+    """One that can go on by itself, if its `info.has_bursts`."""
+
+    def forward_burst(self, burst: BurstRow) -> list[list[tuple[int, ...]]]:
+        """What each forward drew, as `forward_tree` returns it. Fewer follow than might if the
+        runner would rather have them asked for one by one."""
         ...

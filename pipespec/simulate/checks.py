@@ -40,6 +40,17 @@ def check_step(request: RequestState, step: Step, cache: Cache) -> None:
     check(step.num_candidates < max(1, request.room), "a step stays within the room")
 
 
+def check_next(
+    request: RequestState, step: Step, following: Step, draws: Sequence[tuple[int, ...]]
+) -> None:
+    """Before the next forward of a step."""
+    check(bool(following.ids or following.tail), "a step feeds something")
+    own = [draws[step.num_draws - 1][0]] if step.ids else []
+    check(list(following.ids) == own, "a step goes on from its own draw")
+    check(following.start == step.end, "a step goes on where it was")
+    check(following.end <= request.acked + request.role.run_ahead, "a step stays within the room")
+
+
 def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> None:
     """Before an item of the tail is fed: what it follows is the prefix that it was made for."""
     feed = step.tail[index]
@@ -79,7 +90,7 @@ def check_candidates(
     prefix, drafted = tuple(ghost[: draft.start]), set[Path]()
     ends: list[Path] = []
     for index, token in enumerate(draft.tokens):
-        parent = draft.parents[index] if draft.parents else index - 1
+        parent = index - 1 if index < draft.num_own else draft.parents[index - draft.num_own]
         ends.append((*(ends[parent] if parent >= 0 else prefix), token))
         drafted.add(ends[-1])
     own = tuple(request.seq)

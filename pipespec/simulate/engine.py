@@ -65,6 +65,7 @@ class _Process:
     step_start_s: float = 0.0
     step_end_s: float = 0.0
     inbox: list[_Delivery] = field(default_factory=list)
+    is_disturbed: bool = False  # something arrived during the step
     caches: dict[int, Cache] = field(default_factory=dict)
 
 
@@ -202,6 +203,7 @@ class Simulation:
             self.report.counts["lost at a dead stage"] += 1
             return
         process.inbox.append(item)
+        process.is_disturbed = True
         if (process.step is None and not process.is_busy) or self._apply_mid_step:
             self._drain(index)
         self._act(index)
@@ -281,18 +283,24 @@ class Simulation:
         if self._verify:
             checks.check_step(request, step, cache)
         process.draws = self._draws(process.oracle, request, step, cache)
-        process.step_start_s = self._now_s
-        model_s = self.stages[index].step_s
-        step_s = model_s(len(step.ids) + len(step.tail))
-        num_more = step.num_more
-        if num_more and self._jitter:  # what arrives may end a burst early
-            num_more = self._rng.randint(0, num_more)
-        for _ in range(num_more):
-            process.draws.append(self._draw_on(process, request, step, cache))
-            step_s += model_s(1)
-        step_s = self._random_s(step_s)
+        process.step_start_s, process.is_disturbed = self._now_s, False
+        self._forward(index, process)
+
+    def _forward(self, index: int, process: _Process) -> None:
+        step = process.step
+        assert step is not None
+        step_s = self._random_s(self.stages[index].step_s(step.query_length))
         process.step_end_s = self._now_s + step_s
-        self._at(step_s, lambda: self._finish_step(index, process))
+        self._at(step_s, lambda: self._end_forward(index, process))
+
+    def _end_forward(self, index: int, process: _Process) -> None:
+        """The step goes on, or it is over."""
+        if self._processes[index] is not process or not process.is_up:
+            return
+        if self._draws_on(process):
+            self._forward(index, process)
+        else:
+            self._finish_step(index, process)
 
     def _draws(
         self, oracle: TokenOracle, request: RequestState, step: Step, cache: Cache
@@ -307,14 +315,17 @@ class Simulation:
         first = len(hashes) - step.num_draws - len(step.tail)
         return [tuple(oracle.ranked(prefix_hash, count)) for prefix_hash in hashes[first:]]
 
-    def _draw_on(
-        self, process: _Process, request: RequestState, step: Step, cache: Cache
-    ) -> Ranked:
-        """After the last draw of a burst, the next."""
-        row = step.end + len(process.draws) - 1
-        prefix_hash = cache.feed(row, process.draws[-1][0], row - 1)
-        count = 1 + request.role.outcomes.num_ranked
-        return tuple(process.oracle.ranked(prefix_hash, count))
+    def _draws_on(self, process: _Process) -> bool:
+        """Draws for the next forward of the same step, if there is one."""
+        step = None if process.is_disturbed else process.state.draw_on(process.draws)
+        if step is None or process.step is None:
+            return False
+        request, cache = process.state.requests[step.request], process.caches[step.request]
+        if self._verify:
+            checks.check_next(request, process.step, step, process.draws)
+        process.step = step
+        process.draws = self._draws(process.oracle, request, step, cache)
+        return True
 
     def _finish_step(self, index: int, process: _Process) -> None:
         if self._processes[index] is not process or not process.is_up:

@@ -64,13 +64,22 @@ class SimModel:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """num_tokens in all texts; total_s from submission to the last token, summed over texts.
-    stages: the counters of each stage, one item a text. outputs: the texts."""
+    """seconds: of each text, from submission to the last token. stages: the counters of each stage,
+    one item a text. outputs: the texts."""
 
-    num_tokens: int
-    total_s: float
+    seconds: tuple[float, ...]
     stages: tuple[tuple[StageCounts, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """In all texts."""
+        return sum(map(len, self.outputs))
+
+    @property
+    def total_s(self) -> float:
+        """Summed over texts."""
+        return sum(self.seconds)
 
     @property
     def ms_per_token(self) -> float:
@@ -179,8 +188,7 @@ def predict_texts(
         pipeline.write(submits[0], min(num_warm_up_tokens, submits[0].max_new_tokens))
     texts = [pipeline.write(submit, submit.max_new_tokens) for submit in submits]
     return Prediction(
-        num_tokens=sum(len(text.output) for text in texts),
-        total_s=sum(text.seconds for text in texts),
+        seconds=tuple(text.seconds for text in texts),
         stages=tuple(zip(*(text.counts for text in texts))),
         outputs=tuple(text.output for text in texts),
     )

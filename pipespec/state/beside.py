@@ -8,9 +8,10 @@ forward has time for, a policy knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipespec.messages import Draft, Link, Message
+from pipespec.messages import Draft
 from pipespec.state.candidates import Twig
 from pipespec.state.outcomes import Branch
 from pipespec.state.tail import Feed
@@ -26,29 +27,55 @@ def offers_beside(request: RequestState, most: int) -> list[Twig | Branch]:
         return []
     num_candidates = request.num_usable(most) if request.can_step else 0
     end = len(request.seq) if request.can_step else request.kv_valid
-    request.outcomes.make_room(end + num_candidates)
+    num_more = num_to_follow(request, has_own=True) if request.can_step else 0
+    request.outcomes.make_room(end + num_candidates + num_more)
     found: list[Twig | Branch] = []
     if request.can_step and request.role.max_twigs:
         stats = request.candidate_stats
         found += request.cands.twigs(
             num_candidates, request.role.max_twigs, request.room - 1, stats.agreement, stats.share
         )
-    if request.role.outcomes.num_ranked:
-        found += request.outcomes.offers(request.acked, end)
-    return sorted(found, key=lambda extra: -extra.value)
+    if not request.role.outcomes.num_ranked:
+        return found
+    found += request.outcomes.offers(request.acked, end)
+    return sorted(found, key=lambda extra: -extra.value) if request.role.max_twigs else found
+
+
+def num_to_follow(request: RequestState, *, has_own: bool) -> int:
+    """How many forwards may follow the next one in the same step, whether that feeds own tokens or
+    branches only."""
+    if not request.role.is_first or request.is_prefill:
+        return 0
+    return (min(request.role.batch, request.room) if has_own else request.role.batch) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Feeds:
+    """What is fed beside the own text, and who got a place: twigs first, each after what it
+    follows. rounds: as of `Step`. reserved: the cache rows for these."""
+
+    tail: tuple[Feed, ...]
+    twigs: tuple[Twig, ...]
+    branches: tuple[Branch, ...]
+    rounds: tuple[int, ...]
+    reserved: set[int]
 
 
 def place_feeds(
-    request: RequestState, twigs: Sequence[Twig], branches: Sequence[Branch]
-) -> tuple[list[Feed], list[Twig], list[Branch]]:
-    """Finds cache rows for what is fed beside the own text: the feeds, and those who got one;
-    twigs first, each after what it follows."""
+    request: RequestState, twigs: Sequence[Twig], branches: Sequence[Branch], num_more: int
+) -> Feeds:
+    """Finds cache rows for what is fed beside the own text. num_more: forwards that may follow."""
+    count = len(twigs) + len(branches)
     # Each row comes after those that it sees, so that a runner need not look beyond it.
     seen = [branch.rows[-1] + 1 for branch in branches if branch.rows]
     begin = _first_tail_row(request)
-    rows = request.rows.take(
-        len(twigs) + len(branches), max([begin, *seen]), begin + 2 * request.rows.count
+    block = request.rows.take(
+        count * (1 + num_more), max([begin, *seen]), begin + 2 * request.rows.count
     )
+    rows, reserved = block[:count], set(block[count:])
+    # Rounds are whole: a row's next one is as far away as there are branches.
+    num_rounds = len(reserved) // count if count else 0
+    branches = sorted(branches, key=request.outcomes.num_left, reverse=True)
     length = len(request.seq)
     feeds: list[Feed] = []
     row_of: dict[Twig, int] = {}
@@ -59,28 +86,28 @@ def place_feeds(
         feeds.append(Feed(twig.token, length + twig.depth, row, parent_row))
     fed = branches[: len(rows) - len(feeds)]
     feeds += [request.outcomes.feed(branch, row) for branch, row in zip(fed, rows[len(feeds) :])]
-    return feeds, list(twigs[: len(rows)]), list(fed)
+    left = map(request.outcomes.num_left, fed) if num_more else ()
+    rounds = tuple(min(num_rounds, count) for count in left)
+    return Feeds(tuple(feeds), tuple(twigs[: len(rows)]), tuple(fed), rounds, reserved)
 
 
-def branch_draft(request: RequestState) -> list[tuple[Link, Message]]:
-    """Prepared continuations that the next stage does not have yet, as one tree."""
-    batch = 5 * request.role.batch - 4  # a slow drafter sends each token at once
-    branches = request.outcomes.unsent(request.sent, batch)
-    if not branches:
-        return []
-    end = max(branch.position for branch in branches)
-    tokens = list(request.seq[request.acked : end])
-    parents = list(range(-1, len(tokens) - 1))
+def make_draft(request: RequestState, end: int, stops: bool, branches: Sequence[Branch]) -> Draft:
+    """The own tokens before `end` that the next stage does not have yet, and branches of them. The
+    drafter stops at `end`, if `stops`."""
+    positions = [branch.position for branch in branches]
+    if branches and end <= request.sent:  # nothing new but these
+        end, stops = max(positions), False
+    start = min([request.sent, end, *positions])
+    tokens, parents = request.seq[start:end], list[int]()
     for branch in branches:
-        parent = branch.position - request.acked - 1
+        parent = branch.position - start - 1
         for token in branch.tokens:
             parents.append(parent)
             parent = len(tokens)
             tokens.append(token)
         branch.num_sent = len(branch.tokens)
-    prefix_hash = request.hashes[request.acked]
-    draft = Draft(request.request, prefix_hash, request.acked, tuple(tokens), False, tuple(parents))
-    return [(Link.DOWN, draft)]
+    prefix_hash = request.hashes[start]
+    return Draft(request.request, prefix_hash, start, tuple(tokens), stops, tuple(parents))
 
 
 def _first_tail_row(request: RequestState) -> int:

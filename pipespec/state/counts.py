@@ -6,6 +6,7 @@ defined in `metrics`; the names here are the names there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,39 +44,30 @@ class Counts:
     forward_s: float = 0.0
 
     def log_step(
-        self, step: Step, accepted: int, emitted: int, start_s: float, end_s: float
+        self, steps: Sequence[Step], accepted: int, emitted: int, start_s: float, end_s: float
     ) -> None:
-        """One forward: of the candidates offered, `accepted` matched, and the stage's own
-        sequence grew by `emitted` (0 if a verdict had overtaken the step)."""
+        """The forwards of one step: of the candidates offered, `accepted` matched, and the stage's
+        own sequence grew by `emitted` (0 if a verdict had overtaken the step)."""
         self.forward_s += end_s - start_s
         self.num_drafted += emitted
-        if step.num_more:
-            self._log_burst(step, emitted, start_s, end_s)
+        first, count = steps[0], len(steps)
+        if first.is_prefill:
+            self.prefill_s += end_s - start_s
+            self.num_prefill_tokens += len(first.ids)
             return
-        seconds = end_s - start_s
-        if step.is_prefill:
-            self.prefill_s += seconds
-            self.num_prefill_tokens += len(step.ids)
-            return
-        self.num_steps += 1
-        self.step_starts_s.append(start_s)
-        self.step_times_s.append(seconds)
-        self.query_lengths.append(len(step.ids) + len(step.tail))
-        self.offered.append(step.num_candidates + len(step.twigs))
-        self.accepted.append(accepted)
-        self.emitted.append(emitted)
-
-    def _log_burst(self, step: Step, emitted: int, start_s: float, end_s: float) -> None:
-        """So many forwards, each but the first over one token."""
-        count = 1 + step.num_more
         seconds = (end_s - start_s) / count
         self.num_steps += count
         self.step_starts_s += [start_s + index * seconds for index in range(count)]
         self.step_times_s += [seconds] * count
-        self.query_lengths += [step.base_index, *[1] * (count - 1)]
-        self.offered += [0] * count
-        self.accepted += [0] * count
-        self.emitted += [int(index < emitted) for index in range(count)]
+        self.query_lengths += [step.query_length for step in steps]
+        if count > 1:  # a first draft's, who is offered nothing and draws one token in each
+            self.offered += [0] * count
+            self.accepted += [0] * count
+            self.emitted += [int(index < emitted) for index in range(count)]
+        else:
+            self.offered.append(first.num_candidates + len(first.twigs))
+            self.accepted.append(accepted)
+            self.emitted.append(emitted)
 
     def to_values(self) -> dict[str, Any]:
         """The wire form: the field names and plain values."""

@@ -16,6 +16,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from pipespec.state.tail import Feed, TailRows
 
@@ -120,6 +121,12 @@ class Outcomes:
         alternatives = self._alternatives.get(position, ())
         return alternatives.index(token) if token in alternatives else None
 
+    def observe(self, num_right: int, position: int, correction: int | None) -> None:
+        """A verdict agreed with so many tokens and brought another token at `position`, if any."""
+        is_corrected = correction is not None
+        rank = None if correction is None else self.rank(position, correction)
+        self.stats.observe(num_right, rank, corrected=is_corrected)
+
     def offers(self, acked: int, end: int) -> list[Branch]:
         """Branches that could grow by a token in the next forward, best first; `value` is set.
 
@@ -127,7 +134,13 @@ class Outcomes:
         after this forward.
         """
         most = min(self.budget.num_feeds, self._rows.num_free)
-        return heapq.nlargest(most, self._open(acked, end), key=lambda branch: branch.value)
+        found: list[Branch] = []
+        cases = heapq.nlargest(most, self._open(acked, end), key=itemgetter(0))
+        for value, position, token in cases:
+            branch = self.branches.get((position, token)) or Branch(position, [token])
+            branch.value = value
+            found.append(branch)
+        return found
 
     def feed(self, branch: Branch, row: int) -> Feed:
         """The branch's next token, to be stored in `row`."""
@@ -136,6 +149,17 @@ class Outcomes:
         position = branch.position + len(branch.rows)
         branch.rows.append(row)
         return Feed(branch.tokens[-1], position, row, parent_row)
+
+    def grow(self, branches: Iterable[Branch], draws: Iterable[Ranked]) -> None:
+        """What was drawn after the token that each was last fed; again is as good as once."""
+        for branch, ranked in zip(branches, draws):
+            if len(branch.tokens) == len(branch.rows):
+                branch.tokens.append(ranked[0])
+                branch.ranked.append(ranked[1:])
+
+    def num_left(self, branch: Branch) -> int:
+        """How many tokens of the branch may yet be fed."""
+        return min(self._length, self._limit - 1 - branch.position) - len(branch.rows)
 
     def match(self, position: int, tokens: Sequence[int]) -> Branch | None:
         """The branch for a verdict that puts these tokens at `position` and after."""
@@ -167,7 +191,7 @@ class Outcomes:
     def unsent(self, sent: int, batch: int) -> list[Branch]:
         """Branches with tokens that the next stage has not got, once they are worth a message.
 
-        sent: own tokens before it have been sent; the case that one is wrong comes after it.
+        sent: own tokens before it come first; the case that one is wrong comes after it.
         batch: so many tokens are worth a message.
         """
         found = [
@@ -189,26 +213,28 @@ class Outcomes:
         """The own sequence needs all cache rows before `end`."""
         self._drop([k for k, branch in self.branches.items() if branch.rows[0] < end])
 
-    def _open(self, acked: int, end: int) -> list[Branch]:
-        """Cases that could be continued for longer, at positions from `acked` to `end`."""
-        found: list[Branch] = []
-        chance = 1.0 - self.stats.agreement
-        for position in range(acked, end + 1):
+    def _open(self, acked: int, end: int) -> list[tuple[float, int, int]]:
+        """Cases that could be continued for longer, at positions from `acked` to `end`: their
+        values, positions and first tokens."""
+        found: list[tuple[float, int, int]] = []
+        agreement = self.stats.agreement
+        shares = [self.stats.share(rank) for rank in range(self.budget.num_ranked)]
+        chance = 1.0 - agreement
+        for position in range(acked, min(end, self._limit - 2) + 1):
             if chance < LEAST_CHANCE:
                 break
-            for rank, token in enumerate(self._alternatives.get(position, ())):
-                branch = self.branches.get((position, token)) or Branch(position, [token])
-                if self._goes_on(branch):
-                    case = chance * self.stats.share(rank)
-                    branch.value = case * self.stats.agreement ** len(branch.rows)
-                    found.append(branch)
-            chance *= self.stats.agreement
+            for token, share in zip(self._alternatives.get(position, ()), shares):
+                branch = self.branches.get((position, token))
+                if branch is None and token not in self._eos:
+                    found.append((chance * share, position, token))
+                elif branch is not None and self._goes_on(branch):
+                    value = chance * share * agreement ** len(branch.rows)
+                    found.append((value, position, token))
+            chance *= agreement
         return found
 
     def _goes_on(self, branch: Branch) -> bool:
-        num_fed = len(branch.rows)
-        is_wanted = num_fed < self._length and branch.position + num_fed + 1 < self._limit
-        return is_wanted and branch.tokens[-1] not in self._eos
+        return self.num_left(branch) > 0 and branch.tokens[-1] not in self._eos
 
     def _drop(self, keys: Iterable[tuple[int, int]]) -> None:
         for key in keys:

@@ -24,7 +24,8 @@ from collections.abc import Callable, Sequence
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
-from pipespec.state.beside import branch_draft, place_feeds
+from pipespec.state.beside import make_draft, num_to_follow, place_feeds
+from pipespec.state.burst import Burst
 from pipespec.state.candidates import Candidates, Node, Twig
 from pipespec.state.counts import Counts
 from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
@@ -42,11 +43,11 @@ class RequestState:
     """The state of one request at one stage. Owned by exactly one `StageState`."""
 
     __slots__ = (
-        "acked", "adopted", "ahead", "candidate_stats", "cands", "check_finish", "context_is_short",
-        "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact", "keep",
-        "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent", "outcomes",
-        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
-        "waiting_until",
+        "acked", "adopted", "ahead", "burst", "candidate_stats", "cands", "check_finish",
+        "context_is_short", "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact",
+        "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent",
+        "outcomes", "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit",
+        "verdict_seen", "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
@@ -75,13 +76,14 @@ class RequestState:
         self.num_verdicts_sent = 0
         self.verdict_seen = 0
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
-        self.step: Step | None = None
+        self.step: Step | None = None  # the forward in flight
+        self.burst = Burst(set())
         self.intact = 0  # how much of seq no verdict has touched since the step in flight began
         self.waiting_until: float | None = None
         num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
         self.rows = TailRows(num_rows + role.max_twigs)
         self.outcomes = Outcomes(role.outcomes, self.rows, role.run_ahead, self.limit, self.eos)
-        self.ahead = self._worth_drafting()  # tokens beyond `acked`
+        self.ahead = self.role.worth_drafting(self.outcomes.stats)  # tokens beyond `acked`
         self.candidate_stats = RankStats(MAX_ALTERNATIVES)
         self.num_main_accepted = 0  # candidates of the main path, in the step that ended last
         self.adopted: Branch | None = None  # by a verdict that overtook the step in flight
@@ -144,14 +146,16 @@ class RequestState:
             return False
         places: list[int | Node | None] = []
         follows: int | Node | None = before
-        for index, token in enumerate(draft.tokens):
-            if draft.parents:
-                parent = draft.parents[index]
-                follows = places[parent] if parent >= 0 else before
-            follows = self._follow(follows, token, is_own=not draft.parents)
+        num_own = draft.num_own
+        for token in draft.tokens[:num_own]:
+            follows = self._follow(follows, token, is_own=True)
             places.append(follows)
-        if isinstance(follows, Node) and self.cands.ends_main(follows):
+        says_end = num_own > 0 or not draft.parents
+        if says_end and isinstance(follows, Node) and self.cands.ends_main(follows):
             self.drafter_stopped = draft.last
+        for token, parent in zip(draft.tokens[num_own:], draft.parents):
+            follows = places[parent] if parent >= 0 else before
+            places.append(self._follow(follows, token, is_own=False))
         return True
 
     def on_verdict(self, verdict: Verdict) -> list[Outgoing]:
@@ -167,7 +171,10 @@ class RequestState:
         same = common_length(self.seq, start, tokens)
         first_new, rest = start + same, tokens[same:]
         ahead = self.ahead
-        self._observe(same, first_new, rest)
+        is_corrected = bool(rest) and first_new < len(self.seq)
+        self.counts.num_corrections += is_corrected
+        self.outcomes.observe(same, first_new, rest[0] if is_corrected else None)
+        self.ahead = self.role.worth_drafting(self.outcomes.stats)
         self.acked = end
         outgoing, is_hit = list[Outgoing](), False
         if rest:
@@ -209,52 +216,58 @@ class RequestState:
             start = min(start, len(self.seq) - 1)
             ids = (*self.seq[start:], *self.cands.main[:num_candidates])
             twigs = [extra for extra in extras if isinstance(extra, Twig)]
-        tail, twigs, branches = place_feeds(self, twigs, branches if ids else cached)
-        if not ids and not tail:
+        num_more = num_to_follow(self, has_own=bool(ids))
+        feeds = place_feeds(self, twigs, branches if ids else cached, num_more)
+        if not ids and not feeds.tail:
             self.outcomes.start_over()
             return None
         keep, self.keep = self.keep, ()
-        is_burst = self.role.is_first and ids and not tail and not self.is_prefill
         self.step = Step(
-            self.request, start, ids, num_candidates, self.is_prefill, tuple(tail), tuple(twigs),
-            tuple(branches), keep, self.keep_start,
-            num_more=min(self.role.batch, self.room) - 1 if is_burst else 0,
+            self.request, start, ids, num_candidates, self.is_prefill, feeds.tail, feeds.twigs,
+            feeds.branches, keep, self.keep_start, num_more, feeds.rounds,
         )  # fmt: skip
+        self.burst = Burst(feeds.reserved)
         self.intact = len(self.seq)
         self.waiting_until = None
         return self.step
 
+    def draw_on(self, draws: Sequence[Ranked]) -> Step | None:
+        """The forward in flight drew this, as for `end_step`: the next one of the same step. None
+        if there is none, or if a verdict has changed what it would build on; the draws are for
+        `end_step` then."""
+        if self.step is None or not self.is_untouched:
+            return None
+        following = self.burst.go_on(self.step, draws, self.outcomes)
+        self.step = following or self.step
+        return following
+
     def end_step(self, draws: Sequence[Ranked], start_s: float, end_s: float) -> list[Outgoing]:
         """The forward is done. `draws[j]`: tokens by rank for position `step.base + j`, the choice
         first; then for the position after each of `step.tail`."""
-        step = self.step
-        assert step is not None
-        if step.num_more:
-            step = step.drawn(draws)
-        assert len(draws) == step.num_draws + len(step.tail)
+        last = self.step
+        assert last is not None and len(draws) == last.num_draws + len(last.tail)
+        self.rows.free(feed.row for feed, _ in zip(last.tail, last.twigs))
+        self.rows.free(self.burst.reserved)
+        self.outcomes.grow(last.branches, draws[last.num_draws + len(last.twigs) :])
+        step, draws = self.burst.end(last, draws)
         self.step, self.num_main_accepted = None, 0
-        self.rows.free(feed.row for feed, _ in zip(step.tail, step.twigs))
-        for branch, ranked in zip(step.branches, draws[step.num_draws + len(step.twigs) :]):
-            branch.tokens.append(ranked[0])
-            branch.ranked.append(ranked[1:])
         if self.adopted is not None or not step.ids:
             return self._end_overtaken_step(step, start_s, end_s)
-        fed = step.ids[step.base_index :]
-        if self.intact < step.base:
-            valid = self.intact
-        else:
-            valid = step.base + common_length(self.seq, step.base, fed)
-        self.kv_valid = valid
-        if valid < len(self.seq):
-            self.counts.num_discarded_steps += 1 + step.num_more
-            self.counts.log_step(step, 0, 0, start_s, end_s)
+        self.kv_valid = min(self.intact, step.base)
+        if self.intact >= step.base:
+            fed = step.ids[step.base_index :]
+            self.kv_valid += common_length(self.seq, step.base, fed)
+        if self.kv_valid < len(self.seq):
+            self.counts.num_discarded_steps += len(self.burst.steps)
+            self.counts.log_step(self.burst.steps, 0, 0, start_s, end_s)
             return []
-        return self._take(step, draws, start_s, end_s)
+        num_accepted, num_emitted = self._take(step, draws)
+        self.counts.log_step(self.burst.steps, num_accepted, num_emitted, start_s, end_s)
+        return self._send_up(len(self.seq) - num_emitted) + self.flush()
 
-    def _take(
-        self, step: Step, draws: Sequence[Ranked], start_s: float, end_s: float
-    ) -> list[Outgoing]:
-        """Own tokens follow: the candidates that were drawn, and one more."""
+    def _take(self, step: Step, draws: Sequence[Ranked]) -> tuple[int, int]:
+        """Own tokens follow: the candidates that were drawn, and one more. Returns how many
+        candidates were accepted and how many tokens followed."""
         first_new = len(self.seq)
         verified = verify(step, draws, first_new - step.base)
         if self.role.max_twigs and step.num_candidates:
@@ -275,8 +288,7 @@ class RequestState:
         self.kv_valid = first_new + num_accepted
         self.keep_start = first_new + self.num_main_accepted
         self.keep = tuple(verified.rows[: num_accepted - self.num_main_accepted])
-        self.counts.log_step(step, num_accepted, num_emitted, start_s, end_s)
-        return self._send_up(first_new) + self.flush()
+        return num_accepted, num_emitted
 
     def flush(self, *, is_answer: bool = False, is_urgent: bool = False) -> list[Outgoing]:
         """Drafts not sent yet, within the bound on run-ahead, if at least a batch or the last.
@@ -291,12 +303,14 @@ class RequestState:
         # Nobody may wait for a draft whose context is full, so it says so, with no tokens.
         has_news = num_unsent > 0 or (self.context_is_short and self.remaining <= 0)
         has_news |= is_answer and stops
-        if not has_news or (num_unsent < self.role.batch and not (stops or is_urgent)):
-            return branch_draft(self)
-        parent, tokens = self.hashes[self.sent], tuple(self.seq[self.sent : end])
-        draft = Draft(self.request, parent, self.sent, tokens, stops)
-        self.sent = end
-        return [(Link.DOWN, draft), *branch_draft(self)]
+        is_due = num_unsent >= self.role.batch or stops or is_urgent
+        # A slow drafter sends each token of a branch at once.
+        branches = self.outcomes.unsent(end, 5 * self.role.batch - 4)
+        if not branches and not (has_news and is_due):
+            return []
+        draft = make_draft(self, end, stops, branches)
+        self.sent = max(self.sent, end)
+        return [(Link.DOWN, draft)]
 
     def full_verdict(self) -> list[Outgoing]:
         """Everything a stage above needs to take part from nothing; idempotent."""
@@ -333,16 +347,6 @@ class RequestState:
         self.seq.append(token)
         self.hashes.append(extend(self.hashes[-1], token))
 
-    def _observe(self, num_same: int, first_new: int, rest: Sequence[int]) -> None:
-        is_corrected = bool(rest) and first_new < len(self.seq)
-        self.counts.num_corrections += is_corrected
-        rank = self.outcomes.rank(first_new, rest[0]) if is_corrected else None
-        self.outcomes.stats.observe(num_same, rank, corrected=is_corrected)
-        self.ahead = self._worth_drafting()
-
-    def _worth_drafting(self) -> int:
-        return min(self.role.run_ahead, max(self.role.least_ahead, self.outcomes.stats.num_alive()))
-
     def _adopt(self, branch: Branch, num_known: int) -> None:
         """A prepared verdict came and brought `num_known` of the branch's tokens: go on with the
         others as if they had been drawn now."""
@@ -355,14 +359,10 @@ class RequestState:
             self.counts.num_drafted += 1
         self.sent = min(len(self.seq), branch.position + max(num_known, branch.num_sent))
         self.keep_start, self.keep = branch.position, tuple(branch.rows)
-        self._cut_keep(len(self.seq))
+        self.keep = self.keep[: len(self.seq) - self.keep_start]
         self.kv_valid = branch.position + len(self.keep)
         if self.step is not None:
             self.adopted = branch
-
-    def _cut_keep(self, length: int) -> None:
-        """No cached rows are kept for positions from `length` on."""
-        self.keep = self.keep[: max(0, length - self.keep_start)]
 
     def _end_overtaken_step(self, step: Step, start_s: float, end_s: float) -> list[Outgoing]:
         """Nothing was drawn for the own sequence, unless a branch in the step has become it."""
@@ -375,8 +375,8 @@ class RequestState:
                 self._push(branch.tokens[-1])
                 self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
                 num_emitted = 1
-        self.counts.num_discarded_steps += bool(step.ids) + step.num_more
-        self.counts.log_step(step, 0, num_emitted, start_s, end_s)
+        self.counts.num_discarded_steps += len(self.burst.steps) if step.ids else 0
+        self.counts.log_step(self.burst.steps, 0, num_emitted, start_s, end_s)
         told = self._send_up(len(self.seq) - num_emitted) if num_emitted else []
         return told + self.flush(is_urgent=True)
 
@@ -396,7 +396,7 @@ class RequestState:
         self.cands.clear(self.hashes[-1])
         self.outcomes.clear(length)
         self.adopted = None
-        self._cut_keep(length)
+        self.keep = self.keep[: max(0, length - self.keep_start)]
         self.kv_valid = min(self.kv_valid, length)
         self.intact = min(self.intact, length)
         self.counts.num_rollbacks += 1

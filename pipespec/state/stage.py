@@ -117,6 +117,14 @@ class StageState:
                 wake_at_s = ready_at_s if wake_at_s is None else min(wake_at_s, ready_at_s)
         return Decision(None, wake_at_s)
 
+    def draw_on(self, draws: Sequence[Ranked]) -> Step | None:
+        """The forward in flight drew this: the next one of the same step; None if that is over,
+        and `end_step` is to be told of the draws."""
+        request = self._in_flight
+        assert request is not None
+        is_wanted = self.requests.get(request.request) is request
+        return request.draw_on(draws) if is_wanted else None
+
     def end_step(
         self, draws: Sequence[Ranked], start_s: float, end_s: float
     ) -> list[tuple[Link, Frame]]:
@@ -127,16 +135,16 @@ class StageState:
         self._unlearnt = None
         if self.requests.get(request.request) is not request:
             return []
-        step, length = request.step, len(request.seq)
+        step, num_forwards, length = request.step, 1 + len(request.burst.steps), len(request.seq)
         outgoing = request.end_step(draws, start_s, end_s)
         result = StepResult(
-            query_length=len(step.ids) + len(step.tail),
+            query_length=step.query_length,
             num_offered=step.num_candidates,
             num_accepted=request.num_main_accepted,
             num_emitted=len(request.seq) - length,
             num_left=0,
             is_prefill=step.is_prefill,
-            seconds=(end_s - start_s) / (len(draws) if step.num_more else 1),
+            seconds=(end_s - start_s) / num_forwards,
             end_s=end_s,
         )
         self._unlearnt = request, result
@@ -150,11 +158,6 @@ class StageState:
         (request, result), self._unlearnt = self._unlearnt, None
         self.policy.on_step(replace(result, num_left=len(request.cands.main)))
         self.role.batch = self.policy.batch if self.role.is_first else 1
-
-    def goes_on(self, step: Step) -> bool:
-        """Whether it is of use to draw on in `step`, which is in flight."""
-        request = self.requests.get(step.request)
-        return request is not None and request.step is step and request.is_untouched
 
     def num_missing(self, now_s: float) -> int:
         """Candidates without which the oldest request does not step."""
@@ -275,7 +278,7 @@ class StageState:
                 num_unseen = len(request.seq) - request.acked
                 agreement = request.outcomes.stats.agreement
                 own_value *= agreement ** (num_unseen + 1)
-                next_may_wait = num_unseen < min(MAX_URGENT, 1.0 / (1.0 - agreement))
+                next_may_wait = num_unseen < MAX_URGENT
         values = tuple(extra.value for extra in extras)
         offer = Offer(own_length, own_value, values, self.role.is_first, next_may_wait)
         takes_own, num_extras = self.policy.feed(offer)

@@ -8,7 +8,7 @@ from typing import Final
 
 from pipespec.config import Schedule
 from pipespec.state.candidates import Twig
-from pipespec.state.outcomes import Branch, Budget, Ranked
+from pipespec.state.outcomes import Branch, Budget, RankStats
 from pipespec.state.tail import Feed
 
 LEAST_AHEAD: Final = 4  # tokens that the next stage may wait for
@@ -52,8 +52,9 @@ class Role:
         num_rows = (tail_rows - ahead - budget.length - 1) // 2 - schedule.tree
         budget = replace(budget, num_rows=min(budget.num_rows, num_rows))
         can_branch = num_rows >= LEAST_ROWS
-        is_original = schedule.policy == "pipespec"  # which drafts on, however unlikely
-        least = ahead if is_original else max(LEAST_AHEAD, schedule.lookahead or 0)
+        # What a stage between drafts has been accepted once: that it is likely says more.
+        heeds = schedule.stops_where_dead and index == 0
+        least = max(LEAST_AHEAD, schedule.lookahead or 0) if heeds else ahead
         return cls(
             index,
             num_stages,
@@ -65,6 +66,10 @@ class Role:
             max_twigs=schedule.tree if can_branch and index > 0 else 0,
             least_ahead=least,
         )
+
+    def worth_drafting(self, stats: RankStats) -> int:
+        """How many tokens ahead of the last verdict are of use, as verdicts have been."""
+        return min(self.run_ahead, max(self.least_ahead, stats.num_alive()))
 
     @property
     def is_first(self) -> bool:
@@ -82,9 +87,9 @@ class Step:
 
     tail: tokens to feed as well, with a draw after each: candidates beside the main path (`twigs`),
     then the next token of each of `branches`. keep: before that, cache rows to copy to `keep_start`
-    and after: what was fed as a tail and became the own sequence. num_more: draws to feed and to
-    draw on from, one forward each, as far as there is time; they are the last of the candidates
-    once the step is done.
+    and after: what was fed as a tail and became the own sequence. num_more: forwards that may
+    follow within the step, as long as nothing arrives, each over what the one before drew; `rounds`
+    of them go on from each of `tail`, in descending order, in the row `len(tail)` after its last.
     """
 
     request: int
@@ -98,11 +103,12 @@ class Step:
     keep: tuple[int, ...] = ()
     keep_start: int = 0
     num_more: int = 0
+    rounds: tuple[int, ...] = ()
 
-    def drawn(self, draws: Sequence[Ranked]) -> Step:
-        """As if a forward had verified the draws that were fed: that is what they amount to."""
-        fed = tuple(ranked[0] for ranked in draws[:-1])
-        return replace(self, ids=self.ids + fed, num_candidates=len(fed), num_more=len(fed))
+    @property
+    def query_length(self) -> int:
+        """Tokens that are fed."""
+        return len(self.ids) + len(self.tail)
 
     @property
     def num_draws(self) -> int:

@@ -52,6 +52,13 @@ class Feed(Structure):
     )
 
 
+class Burst(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("rounds", "descriptors")),
+        *((name, c_int64) for name in ("num_more", "num_descriptors")),
+    )
+
+
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Gives the functions of a library their types, and returns it."""
     library.pipespec_create.argtypes = [POINTER(Shape)]
@@ -62,6 +69,8 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.pipespec_kernel.restype = c_char_p
     library.pipespec_forward.argtypes = [c_void_p, POINTER(Feed)]
     library.pipespec_forward.restype = c_int
+    library.pipespec_draw_on.argtypes = [c_void_p, POINTER(Feed), POINTER(Burst)]
+    library.pipespec_draw_on.restype = c_int64
     library.pipespec_keep.argtypes = [c_void_p, c_void_p, c_int64, POINTER(ctypes.c_int32), c_int64]
     library.pipespec_keep.restype = None
     return library

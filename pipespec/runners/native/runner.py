@@ -42,7 +42,7 @@ from torch import Tensor
 
 from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import Architecture, UnsupportedCheckpoint, read_architecture
-from pipespec.runners.base import TAIL_ROWS, Row, RunnerInfo, TailToken, TreeRow
+from pipespec.runners.base import TAIL_ROWS, BurstRow, Row, RunnerInfo, TailToken, TreeRow
 from pipespec.runners.drawing import draw_rows, rank_tree
 from pipespec.runners.llama_weights import rotations
 from pipespec.runners.native import library
@@ -114,6 +114,8 @@ class NativeRunner:
         self._num_embeddings = arch.vocab_size
         self._feed = library.Feed()
         self._logit_stride = weights.head.num_panels * PANEL
+        self._num_logits, self._ranked = 0, (c_int32 * 0)()
+        self._tables: tuple[object, ...] = ()
         self._make_room(1, 1)
         cosines, sines = rotation.real.contiguous(), rotation.imag.contiguous()
         self._read_in_forwards = [*weights.tensors, cosines, sines]  # the model has addresses only
@@ -138,6 +140,7 @@ class NativeRunner:
             num_parameters=weights.num_parameters,
             weight_bytes=weights.weight_bytes,
             num_tail_rows=TAIL_ROWS,
+            has_bursts=True,
             attention=f"native float32, {kernel} products",
         )
 
@@ -173,6 +176,29 @@ class NativeRunner:
             return rank_tree(row, self._info, self._num_embeddings, self._last_tree_logits)
         flat = self._ranked[: count * (row.row.num_draws + len(row.tail))]
         return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
+
+    def forward_burst(self, burst: BurstRow) -> list[list[tuple[int, ...]]]:
+        """See `BurstRunner`; at temperature 0 in C++.
+
+        Raises:
+            PipeSpecError: as `forward`.
+        """
+        tree = burst.tree
+        if tree.row.sampling.temperature > 0.0:
+            return [self.forward_tree(tree)]
+        check_tree(tree, self._info, self._num_embeddings)
+        count, num_outputs = min(tree.num_ranked, self._info.vocab_size), len(tree.tail) + 1
+        self._make_room(num_outputs, count * (1 + burst.num_more))
+        if not self._run_tree(tree, count):
+            return [rank_tree(tree, self._info, self._num_embeddings, self._last_tree_logits)]
+        num_done = self._draw_on(burst) if burst.num_more else 0
+        has_own, start, draws = bool(tree.row.ids), 0, []
+        for done in range(num_done + 1):
+            stop = start + count * (has_own + sum(rounds >= done for rounds in burst.rounds))
+            flat = self._ranked[start:stop]
+            draws.append([tuple(flat[at : at + count]) for at in range(0, len(flat), count)])
+            start = stop
+        return draws
 
     def logits(self, row: Row) -> Tensor:
         """Feeds the row and returns what its draws would be made of: [num_draws, vocab_size]
@@ -243,8 +269,7 @@ class NativeRunner:
         slot, end = self._slot(row.slot), row.start + len(row.ids)
         assert row.start <= slot.length, "a gap between what the slot holds and the row"
         num_outputs = row.num_draws + len(tail)
-        if num_outputs > self._num_logits or num_outputs * num_ranked > len(self._ranked):
-            self._make_room(num_outputs, num_ranked)
+        self._make_room(num_outputs, num_ranked)
         feed, num_done, is_finite = self._feed, 0, True
         feed.cache, feed.num_ranked = slot.address, num_ranked
         for start, stop in chunks(row.start, len(row.ids)):
@@ -253,7 +278,7 @@ class NativeRunner:
             branches = tail if stop == end else ()
             if branches:
                 ids = [*ids, *(item.token for item in branches)]
-                table, chain = _tail_tables(slot, branches)
+                table, chain = self._tables = _tail_tables(slot, branches)
                 feed.tail, feed.chain = ctypes.addressof(table), ctypes.addressof(chain)
             id_table = (c_int32 * len(ids))(*ids)
             feed.ids = ctypes.addressof(id_table)
@@ -264,16 +289,43 @@ class NativeRunner:
             status = self._library.pipespec_forward(self._model, ctypes.byref(feed))
             if status == library.NO_MEMORY:
                 slot.length = start
-                raise PipeSpecError(
-                    f"{self._info.name} ran out of memory during a forward; shorten the prompt or "
-                    "use a smaller model"
-                )
+                raise self._no_memory()
             is_finite = is_finite and status == library.OK
             num_done += feed.num_outputs
         return is_finite
 
+    def _draw_on(self, burst: BurstRow) -> int:
+        """Forwards that follow the one that was done last, over the burst's tree; how many."""
+        tree, slot = burst.tree, self._slot(burst.tree.row.slot)
+        rounds = (c_int32 * len(burst.rounds))(*burst.rounds)
+        descriptors = (c_int32 * len(burst.descriptors))(*burst.descriptors)
+        more = library.Burst(
+            ctypes.addressof(rounds), ctypes.addressof(descriptors),
+            burst.num_more, len(burst.descriptors),
+        )  # fmt: skip
+        num_done: int = self._library.pipespec_draw_on(
+            self._model, ctypes.byref(self._feed), ctypes.byref(more)
+        )
+        if num_done < 0:
+            raise self._no_memory()
+        slot.length += num_done if tree.row.ids else 0
+        for item, num_rounds in zip(tree.tail, burst.rounds):
+            prefix, rows = slot.branches[item.row]
+            for done in range(1, min(num_rounds, num_done) + 1):
+                rows = [*rows, item.row + done * len(tree.tail)]
+                slot.branches[rows[-1]] = prefix, rows
+        return num_done
+
+    def _no_memory(self) -> PipeSpecError:
+        return PipeSpecError(
+            f"{self._info.name} ran out of memory during a forward; shorten the prompt or use a "
+            "smaller model"
+        )
+
     def _make_room(self, num_outputs: int, num_ranked: int) -> None:
-        """For what a forward returns."""
+        """For what a forward returns, if there is not enough."""
+        if num_outputs <= self._num_logits and num_outputs * num_ranked <= len(self._ranked):
+            return
         self._num_logits = num_outputs
         self._logits = torch.empty(num_outputs, self._logit_stride)
         self._logits_address = self._logits.data_ptr()

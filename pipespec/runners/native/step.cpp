@@ -5,6 +5,8 @@
 // text alone. So its result is the same to the bit with whatever rows it is fed, in whatever pieces
 // the text before it was fed, beside whatever branches, and by any number of threads.
 
+#include <poll.h>
+
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -53,6 +55,15 @@ struct Feed {
   int64_t start, num_own, num_tail, num_outputs, num_ranked;
   float* logits;
   int32_t* ranked;
+};
+
+// Forwards that follow one over `Feed`: each over what the one before ranked first, after the last
+// of its own ids and after each of its tail. `rounds[i]` of them, in descending order, go on from
+// tail i, in the row `num_tail` after its last; at most `num_more`, and none once one of the
+// descriptors can be read. What they rank comes after what the first did; logits are overwritten.
+struct Burst {
+  const int32_t *rounds, *descriptors;
+  int64_t num_more, num_descriptors;
 };
 
 }  // extern "C"
@@ -131,6 +142,13 @@ struct Gate {
   }
 };
 
+bool can_be_read(const Burst& burst) {
+  std::vector<pollfd> polled;
+  for (int64_t i = 0; i < burst.num_descriptors; ++i)
+    polled.push_back({burst.descriptors[i], POLLIN, 0});
+  return !polled.empty() && poll(polled.data(), polled.size(), 0) > 0;
+}
+
 // The ids of the `count` largest values, the first among equals; false if that cannot be said
 // because some are no finite numbers.
 bool rank(const float* values, int64_t num_values, int count, int32_t* best) {
@@ -188,11 +206,42 @@ class Model {
       views_.push_back({at, at, at + 1, nullptr, nullptr});
     for (const int32_t* tail = feed.tail; tail < feed.tail + 4 * feed.num_tail; tail += 4)
       views_.push_back({tail[0], tail[1], tail[2], feed.chain + tail[3], feed.chain + tail[7]});
-    reserve(static_cast<int64_t>(views_.size()));
-    feed_ = feed;
-    all_finite_.store(true);
-    pool_.run();
-    return all_finite_.load();
+    return run(feed);
+  }
+
+  // Goes on from the forward over `first`, whose own ids have one output at most. Returns how many
+  // forwards followed; one with logits that are not finite is not counted, and the last.
+  int64_t draw_on(const Feed& first, const Burst& burst) {
+    const int64_t num_own = first.num_own > 0 ? 1 : 0, num_ranked = first.num_ranked;
+    std::vector<std::vector<int32_t>> chains;
+    for (const int32_t* tail = first.tail; tail < first.tail + 4 * first.num_tail; tail += 4)
+      chains.emplace_back(first.chain + tail[3], first.chain + tail[7]);
+    std::vector<int32_t> ids;
+    Feed feed = first;
+    for (int64_t done = 0; done < burst.num_more; ++done) {
+      if (can_be_read(burst)) return done;
+      ids.clear();
+      views_.clear();
+      for (int64_t i = 0; i < num_own; ++i) {
+        const int64_t at = first.start + first.num_own + done;
+        ids.push_back(feed.ranked[0]);
+        views_.push_back({at, at, at + 1, nullptr, nullptr});
+      }
+      for (int64_t i = 0; i < first.num_tail && burst.rounds[i] > done; ++i) {
+        const int32_t* tail = first.tail + 4 * i;
+        const auto row = static_cast<int32_t>(tail[1] + (done + 1) * first.num_tail);
+        ids.push_back(feed.ranked[(num_own + i) * num_ranked]);
+        chains[i].push_back(row);
+        const int32_t* chain = chains[i].data();
+        views_.push_back({tail[0] + done + 1, row, tail[2], chain, chain + chains[i].size()});
+      }
+      if (ids.empty()) return done;
+      feed.ids = ids.data();
+      feed.ranked += feed.num_outputs * num_ranked;
+      feed.num_outputs = static_cast<int64_t>(ids.size());
+      if (!run(feed)) return done;
+    }
+    return burst.num_more;
   }
 
   // Copies `rows` of a cache, which ascend, to `start` and after.
@@ -203,6 +252,15 @@ class Model {
   }
 
  private:
+  // A forward over the views.
+  bool run(const Feed& feed) {
+    reserve(static_cast<int64_t>(views_.size()));
+    feed_ = feed;
+    all_finite_.store(true);
+    pool_.run();
+    return all_finite_.load();
+  }
+
   int num_rows() const { return static_cast<int>(views_.size()); }
 
   HeadCache head_cache(float* cache, int64_t layer, int64_t head) const {
@@ -404,6 +462,15 @@ int pipespec_forward(Model* model, const Feed* feed) {
     return model->forward(*feed) ? 0 : 1;
   } catch (const std::bad_alloc&) {
     return 2;
+  }
+}
+
+// How many forwards followed, or -1 if there is no memory left.
+int64_t pipespec_draw_on(Model* model, const Feed* first, const Burst* burst) {
+  try {
+    return model->draw_on(*first, *burst);
+  } catch (const std::bad_alloc&) {
+    return -1;
   }
 }
 
