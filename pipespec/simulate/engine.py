@@ -28,7 +28,7 @@ from pipespec.messages import (
 )  # fmt: skip
 from pipespec.simulate import checks
 from pipespec.simulate.cache import Cache
-from pipespec.simulate.setup import Faults, Report, SimStage
+from pipespec.simulate.setup import Delivery, Faults, Report, SimStage
 from pipespec.state.journal import Journal
 from pipespec.state.outcomes import Ranked
 from pipespec.state.request import RequestState
@@ -39,17 +39,6 @@ MAX_EVENTS = 200_000  # and as many again for each thousand tokens of output
 TICK_S = 2.0
 STALL_S = 10.0
 SAME_MOMENT_S = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    """A frame on its way. ghost: the whole sequence of a Draft's sender, for the checks. cause: of
-    a Verdict, what made its sender send it ("rollback", "bonus" or "")."""
-
-    link: Link
-    frame: Frame
-    ghost: tuple[int, ...] = ()
-    cause: str = ""
 
 
 @dataclass(slots=True)
@@ -64,7 +53,7 @@ class _Process:
     draws: list[Ranked] = field(default_factory=list)
     step_start_s: float = 0.0
     step_end_s: float = 0.0
-    inbox: list[_Delivery] = field(default_factory=list)
+    inbox: list[Delivery] = field(default_factory=list)
     is_disturbed: bool = False  # something arrived during the step
     caches: dict[int, Cache] = field(default_factory=dict)
 
@@ -173,7 +162,7 @@ class Simulation:
             if self._verify and isinstance(frame.message, Draft):
                 ghost = tuple(self._processes[index].state.requests[frame.message.request].seq)
             for _ in range(self._num_copies()):
-                self._deliver(index, target, _Delivery(arrives_on, frame, ghost, cause))
+                self._deliver(index, target, Delivery(arrives_on, frame, ghost, cause))
 
     def _num_copies(self) -> int:
         u = self._rng.random() if self._faults.any else 1.0
@@ -181,7 +170,7 @@ class Simulation:
             return 0
         return 2 if u < self._faults.loss + self._faults.duplication else 1
 
-    def _deliver(self, source: int, target: int, item: _Delivery) -> None:
+    def _deliver(self, source: int, target: int, item: Delivery) -> None:
         reordered = self._faults.reordering and self._rng.random() < self._faults.reordering
         channel = (source, target, item.frame.incarnation)
         when_s = self._now_s + self._random_s(self._latency_s)
@@ -197,7 +186,7 @@ class Simulation:
         self._last_arrival_s[channel] = when_s
         return when_s
 
-    def _arrive(self, index: int, item: _Delivery) -> None:
+    def _arrive(self, index: int, item: Delivery) -> None:
         process = self._processes[index]
         if not process.is_up:
             self.report.counts["lost at a dead stage"] += 1
@@ -224,7 +213,7 @@ class Simulation:
         for item in inbox:
             self._receive(index, item)
 
-    def _receive(self, index: int, item: _Delivery) -> None:
+    def _receive(self, index: int, item: Delivery) -> None:
         state, message = self._processes[index].state, item.frame.message
         request = state.requests.get(getattr(message, "request", -1))
         if not self._verify or request is None:
@@ -393,7 +382,7 @@ class Simulation:
         frame = Frame(LAUNCHER, 1, self._incarnations[last], 0, message)
         when_s = self._now_s + self._random_s(self._latency_s)
         when_s = self._in_order_s((LAUNCHER, last, self._incarnations[last]), when_s)
-        self._at_time(when_s, lambda: self._arrive(last, _Delivery(Link.LAUNCHER, frame)))
+        self._at_time(when_s, lambda: self._arrive(last, Delivery(Link.LAUNCHER, frame)))
 
     def _crash(self, index: int) -> None:
         process = self._processes[index]

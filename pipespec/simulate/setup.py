@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipespec.emulation import TokenOracle
+from pipespec.messages import Frame, Link
 from pipespec.policy import Policy
 from pipespec.state.step import Role
 
@@ -40,6 +41,17 @@ class Faults:
     @property
     def any(self) -> bool:
         return self != Faults()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A frame on its way. ghost: the whole sequence of a Draft's sender, for the checks. cause: of
+    a Verdict, what made its sender send it ("rollback", "bonus" or "")."""
+
+    link: Link
+    frame: Frame
+    ghost: tuple[int, ...] = ()
+    cause: str = ""
 
 
 @dataclass(slots=True)
