@@ -334,7 +334,7 @@ class Simulation:
             cause = "bonus" if is_bonus else ""
         self._transmit(index, frames, cause)
         self._drain(index)
-        process.state.learn()
+        self._transmit(index, process.state.learn())
         between_s = self.stages[index].between_s
         if between_s:
             process.is_busy = True

@@ -221,7 +221,9 @@ class _Pipeline:
             _role(index, count, model, schedule, is_chain) for index, model in enumerate(models)
         ]
         self._policies = [
-            make_policy(schedule, is_first=index == 0, overlaps=not is_chain)
+            make_policy(
+                schedule, is_first=index == 0, is_last=index == count - 1, overlaps=not is_chain
+            )
             for index in range(count)
         ]
         self._now_s = 0.0

@@ -23,7 +23,8 @@ class Role:
     run_ahead: tokens it may be ahead of the last verdict (the last stage has no such bound).
     max_candidates: the most that the stage before it may be ahead. batch: tokens that a first draft
     collects before it sends them. A policy may change the bounds between two transitions.
-    output_every_s: a target tells the launcher of its tokens no more often.
+    output_every_s: a target tells the launcher of its tokens no more often. is_alone: it does not
+    tell the stage above for now.
     least_ahead: so many however unlikely it is that the verdict will accept them; more only while
     it is likely enough. context_length: positions that the stage's own model can hold; a draft
     whose context is full stops drafting, the target's was checked before the request was submitted.
@@ -43,6 +44,7 @@ class Role:
     max_twigs: int = 0
     least_ahead: int = 1 << 30
     output_every_s: float = 0.0
+    is_alone: bool = False
 
     @classmethod
     def of(
