@@ -33,10 +33,9 @@ class Burst:
         outcomes.grow(step.branches, draws[step.num_draws :])
         self.steps.append(step)
         self._drawn += draws[: step.num_draws]
-        branches, offset = step.branches[: len(rounds)], len(self.steps[0].tail)
-        tail = tuple(
-            outcomes.feed(branch, feed.row + offset) for branch, feed in zip(branches, step.tail)
-        )
+        branches = step.branches[: len(rounds)]
+        first_row = step.tail[-1].row + 1 if branches else 0
+        tail = tuple(outcomes.feed(branch, row) for row, branch in enumerate(branches, first_row))
         self.reserved.difference_update(feed.row for feed in tail)
         return Step(
             step.request,

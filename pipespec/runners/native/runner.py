@@ -309,11 +309,15 @@ class NativeRunner:
         if num_done < 0:
             raise self._no_memory()
         slot.length += num_done if tree.row.ids else 0
-        for item, num_rounds in zip(tree.tail, burst.rounds):
-            prefix, rows = slot.branches[item.row]
-            for done in range(1, min(num_rounds, num_done) + 1):
-                rows = [*rows, item.row + done * len(tree.tail)]
-                slot.branches[rows[-1]] = prefix, rows
+        ends = [item.row for item in tree.tail]  # of the branches
+        for done in range(num_done):
+            row = ends[-1] if ends else 0
+            ends = ends[: sum(rounds > done for rounds in burst.rounds)]
+            for index, end in enumerate(ends):
+                row += 1
+                prefix, rows = slot.branches[end]
+                slot.branches[row] = prefix, [*rows, row]
+                ends[index] = row
         return num_done
 
     def _no_memory(self) -> PipeSpecError:
