@@ -48,7 +48,7 @@ from pipespec.runners.llama_weights import rotations
 from pipespec.runners.native import library
 from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
-from pipespec.runners.rows import check_row, check_tree, chunks
+from pipespec.runners.rows import check_burst, check_row, check_tree, chunks
 
 _MAX_HEAD_DIM: Final = 512  # step.cpp
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -186,7 +186,7 @@ class NativeRunner:
         tree = burst.tree
         if tree.row.sampling.temperature > 0.0:
             return [self.forward_tree(tree)]
-        check_tree(tree, self._info, self._num_embeddings)
+        check_burst(burst, self._info, self._num_embeddings)
         count, num_outputs = min(tree.num_ranked, self._info.vocab_size), len(tree.tail) + 1
         self._make_room(num_outputs, count * (1 + burst.num_more))
         if not self._run_tree(tree, count):
@@ -328,13 +328,13 @@ class NativeRunner:
 
     def _make_room(self, num_outputs: int, num_ranked: int) -> None:
         """For what a forward returns, if there is not enough."""
-        if num_outputs <= self._num_logits and num_outputs * num_ranked <= len(self._ranked):
-            return
-        self._num_logits = num_outputs
-        self._logits = torch.empty(num_outputs, self._logit_stride)
-        self._logits_address = self._logits.data_ptr()
-        self._ranked = (c_int32 * (num_outputs * num_ranked))()
-        self._ranked_address = ctypes.addressof(self._ranked)
+        if num_outputs > self._num_logits:
+            self._num_logits = num_outputs
+            self._logits = torch.empty(num_outputs, self._logit_stride)
+            self._logits_address = self._logits.data_ptr()
+        if num_outputs * num_ranked > len(self._ranked):
+            self._ranked = (c_int32 * (num_outputs * num_ranked))()
+            self._ranked_address = ctypes.addressof(self._ranked)
 
 
 def _shape(arch: Architecture, weights: Weights, cosines: Tensor, sines: Tensor) -> library.Shape:
