@@ -15,15 +15,16 @@ from pipespec.state.step import Step
 class Burst:
     """The forwards of a step that are done already, while another one is in flight.
 
-    reserved: cache rows for those that may follow.
+    reserved: cache rows for those that may follow. is_cut: none may.
     """
 
-    __slots__ = ("_drawn", "reserved", "steps")
+    __slots__ = ("_drawn", "is_cut", "reserved", "steps")
 
     def __init__(self, reserved: set[int]) -> None:
         self.steps: list[Step] = []
         self._drawn: list[Ranked] = []  # for the own sequence
         self.reserved = reserved
+        self.is_cut = False
 
     def go_on(self, step: Step, draws: Sequence[Ranked], outcomes: Outcomes) -> Step | None:
         """`step` drew this: the forward that follows it; None if there is none. Branches grow."""
