@@ -160,7 +160,9 @@ class Simulation:
             arrives_on = Link.UP if link is Link.DOWN else Link.DOWN
             ghost: tuple[int, ...] = ()
             if self._verify and isinstance(frame.message, Draft):
-                ghost = tuple(self._processes[index].state.requests[frame.message.request].seq)
+                request = self._processes[index].state.requests[frame.message.request]
+                checks.check_draft(request, frame.message)
+                ghost = tuple(request.seq)
             for _ in range(self._num_copies()):
                 self._deliver(index, target, Delivery(arrives_on, frame, ghost, cause))
 
@@ -224,6 +226,8 @@ class Simulation:
         frames = state.receive(item.link, item.frame, self._now_s)
         if isinstance(message, Draft):
             checks.check_candidates(request, paths, message, item.ghost)
+        if isinstance(message, Finish):
+            checks.check_hashes(request)
         checks.check_caps(request, reliable=not self._faults.any)
         cause = "rollback" if request.counts.num_rollbacks > num_rollbacks else ""
         if isinstance(message, Verdict):

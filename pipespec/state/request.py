@@ -116,11 +116,6 @@ class RequestState:
         return len(self.seq) > self.prompt_len and self.seq[-1] in self.eos
 
     @property
-    def is_untouched(self) -> bool:
-        """No verdict has changed own tokens since the step in flight began."""
-        return self.intact == len(self.seq) and self.adopted is None
-
-    @property
     def can_step(self) -> bool:
         """Own tokens may follow."""
         return self.step is None and self.room > 0 and not self.is_ended
@@ -169,6 +164,7 @@ class RequestState:
             self.counts.num_dropped_verdicts += 1
             return []
         self.verdict_seen = verdict.number
+        self.burst.is_cut = True
         start, tokens = verdict.start, verdict.tokens
         end = start + len(tokens)
         same = common_length(self.seq, start, tokens)
@@ -236,9 +232,9 @@ class RequestState:
 
     def draw_on(self, draws: Sequence[Ranked]) -> Step | None:
         """The forward in flight drew this, as for `end_step`: the next one of the same step. None
-        if there is none, or if a verdict has changed what it would build on; the draws are for
-        `end_step` then."""
-        if self.step is None or not self.is_untouched:
+        if there is none, or if a verdict has come, which may have voided what it would build on;
+        the draws are for `end_step` then."""
+        if self.step is None or self.burst.is_cut:
             return None
         following = self.burst.go_on(self.step, draws, self.outcomes)
         self.step = following or self.step

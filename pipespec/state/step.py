@@ -95,7 +95,7 @@ class Step:
     then the next token of each of `branches`. keep: before that, cache rows to copy to `keep_start`
     and after: what was fed as a tail and became the own sequence. num_more: forwards that may
     follow within the step, as long as nothing arrives, each over what the one before drew; `rounds`
-    of them go on from each of `tail`, in descending order, in the row `len(tail)` after its last.
+    of them go on from each of `tail`, in descending order, in rows after those of the one before.
     """
 
     request: int

@@ -49,7 +49,7 @@ from pipespec.runners.llama_weights import rotations
 from pipespec.runners.native import library
 from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
-from pipespec.runners.rows import check_row, check_tree, chunks
+from pipespec.runners.rows import check_burst, check_row, check_tree, chunks
 from pipespec.sampling import keeps_all
 
 _MAX_HEAD_DIM: Final = 512  # step.cpp
@@ -190,7 +190,7 @@ class NativeRunner:
         tree = burst.tree
         if not _is_drawn_here(tree.row.sampling) or tree.num_ranked > _MAX_RANKED:
             return [self.forward_tree(tree)]
-        check_tree(tree, self._info, self._num_embeddings)
+        check_burst(burst, self._info, self._num_embeddings)
         count, num_outputs = min(tree.num_ranked, self._info.vocab_size), len(tree.tail) + 1
         self._make_room(num_outputs, count * (1 + burst.num_more))
         if not self._run_tree(tree, count):
@@ -314,11 +314,15 @@ class NativeRunner:
         if num_done < 0:
             raise self._no_memory()
         slot.length += num_done if tree.row.ids else 0
-        for item, num_rounds in zip(tree.tail, burst.rounds):
-            prefix, rows = slot.branches[item.row]
-            for done in range(1, min(num_rounds, num_done) + 1):
-                rows = [*rows, item.row + done * len(tree.tail)]
-                slot.branches[rows[-1]] = prefix, rows
+        ends = [item.row for item in tree.tail]  # of the branches
+        for done in range(num_done):
+            row = ends[-1] if ends else 0
+            ends = ends[: sum(rounds > done for rounds in burst.rounds)]
+            for index, end in enumerate(ends):
+                row += 1
+                prefix, rows = slot.branches[end]
+                slot.branches[row] = prefix, [*rows, row]
+                ends[index] = row
         return num_done
 
     def _no_memory(self) -> PipeSpecError:
@@ -329,13 +333,13 @@ class NativeRunner:
 
     def _make_room(self, num_outputs: int, num_ranked: int) -> None:
         """For what a forward returns, if there is not enough."""
-        if num_outputs <= self._num_logits and num_outputs * num_ranked <= len(self._ranked):
-            return
-        self._num_logits = num_outputs
-        self._logits = torch.empty(num_outputs, self._logit_stride)
-        self._logits_address = self._logits.data_ptr()
-        self._ranked = (c_int32 * (num_outputs * num_ranked))()
-        self._ranked_address = ctypes.addressof(self._ranked)
+        if num_outputs > self._num_logits:
+            self._num_logits = num_outputs
+            self._logits = torch.empty(num_outputs, self._logit_stride)
+            self._logits_address = self._logits.data_ptr()
+        if num_outputs * num_ranked > len(self._ranked):
+            self._ranked = (c_int32 * (num_outputs * num_ranked))()
+            self._ranked_address = ctypes.addressof(self._ranked)
 
 
 def _is_drawn_here(sampling: SamplingParams) -> bool:

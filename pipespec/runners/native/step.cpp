@@ -63,8 +63,9 @@ struct Feed {
 
 // Forwards that follow one over `Feed`: each over what the one before ranked first, after the last
 // of its own ids and after each of its tail. `rounds[i]` of them, in descending order, go on from
-// tail i, in the row `num_tail` after its last; at most `num_more`, and none once one of the
-// descriptors can be read. What they rank comes after what the first did; logits are overwritten.
+// tail i, in cache rows that follow those of the forward before; at most `num_more`, and none once
+// one of the descriptors can be read. What they rank comes after what the first did; logits are
+// overwritten.
 struct Burst {
   const int32_t *rounds, *descriptors;
   int64_t num_more, num_descriptors;
@@ -220,6 +221,7 @@ class Model {
     std::vector<std::vector<int32_t>> chains;
     for (const int32_t* tail = first.tail; tail < first.tail + 4 * first.num_tail; tail += 4)
       chains.emplace_back(first.chain + tail[3], first.chain + tail[7]);
+    int32_t next_row = first.num_tail > 0 ? first.tail[4 * first.num_tail - 3] + 1 : 0;
     std::vector<int32_t> ids;
     Feed feed = first;
     for (int64_t done = 0; done < burst.num_more; ++done) {
@@ -233,7 +235,7 @@ class Model {
       }
       for (int64_t i = 0; i < first.num_tail && burst.rounds[i] > done; ++i) {
         const int32_t* tail = first.tail + 4 * i;
-        const auto row = static_cast<int32_t>(tail[1] + (done + 1) * first.num_tail);
+        const int32_t row = next_row++;
         ids.push_back(feed.ranked[(num_own + i) * num_ranked]);
         chains[i].push_back(row);
         const int32_t* chain = chains[i].data();
