@@ -87,10 +87,12 @@ inline bool rank_perturbed(const float* logits, int64_t num_logits, int64_t posi
     noise.fill(position, start, bits);
     const int64_t end = std::min(start + STRETCH, num_logits);
     for (int64_t i = start; i < end; ++i) {
-      const double scaled = (double{logits[i]} - double{highest}) / temperature;
+      const double below = double{logits[i]} - double{highest};
       const bool is_full = found == count;
-      if (is_full && scaled + most_noise(bits[i - start]) < scores[count - 1]) continue;
-      const double score = scaled + gumbel(bits[i - start]);
+      // The margin is for what rounding does to either side.
+      if (is_full && below < temperature * (scores[count - 1] - most_noise(bits[i - start]) - 1e-6))
+        continue;
+      const double score = below / temperature + gumbel(bits[i - start]);
       if (is_full && score <= scores[count - 1]) continue;
       int at = is_full ? count - 1 : found++;
       for (; at > 0 && scores[at - 1] < score; --at) {
