@@ -20,6 +20,7 @@ from pipespec.solo import Solo
 SEND_COST_S = 60e-6  # of a draft's loop, beside its forwards; measured on Linux, ipc
 FIRST_MOST = 16  # candidates to verify at once; more only after so many have been tried
 _COUNTS = (*range(9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, *(16 * n for n in range(5, 257)))
+_STEPS_REMEMBERED = 24  # of each length, about
 _FEEDS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)  # of the extras, how many are thought of
 MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
@@ -127,22 +128,40 @@ class FixedWait:
 class StepTimes:
     """Running mean step time by query length, interpolated between the lengths seen.
 
-    Outside of them it is hopeful, so that a policy tries what it has not measured: a longer step
+    A longer step never takes less: who chooses the best of many noisy means would choose the
+    luckiest, so neighbours that contradict each other are pooled (isotonic regression). Outside of
+    the lengths seen it is hopeful, so that a policy tries what it has not measured: a longer step
     costs no more than the longest seen, a shorter one up to half less than the shortest.
     """
 
-    def __init__(self, weight: float = 0.2) -> None:
-        self._weight = weight
-        self._mean_s: dict[int, float] = {}
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[float, int]] = {}  # mean and count by length
+        self._mean_s: dict[int, float] = {}  # pooled
         self._lengths: list[int] = []
+        self._num_unpooled = 0
 
     def observe(self, query_length: int, seconds: float) -> None:
-        mean_s = self._mean_s.get(query_length)
-        if mean_s is None:
-            self._mean_s[query_length] = seconds
-            self._lengths = sorted(self._mean_s)
-        else:
-            self._mean_s[query_length] = mean_s + self._weight * (seconds - mean_s)
+        mean_s, count = self._seen.get(query_length, (seconds, 0))
+        count = min(count + 1, _STEPS_REMEMBERED)
+        self._seen[query_length] = mean_s + (seconds - mean_s) / count, count
+        self._num_unpooled += 1
+        if self._num_unpooled >= 4 or query_length not in self._mean_s:
+            self._pool()
+
+    def _pool(self) -> None:
+        self._num_unpooled = 0
+        self._lengths = sorted(self._seen)
+        blocks: list[tuple[float, int, int]] = []  # mean, count, how many lengths
+        for length in self._lengths:
+            mean_s, count = self._seen[length]
+            size = 1
+            while blocks and blocks[-1][0] > mean_s:
+                other_s, others, more = blocks.pop()
+                mean_s = (mean_s * count + other_s * others) / (count + others)
+                count, size = count + others, size + more
+            blocks.append((mean_s, count, size))
+        pooled = [mean_s for mean_s, _, size in blocks for _ in range(size)]
+        self._mean_s = dict(zip(self._lengths, pooled))
 
     @property
     def longest(self) -> int:

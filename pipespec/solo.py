@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pipespec.policy import StepResult
 
-_WINDOW: Final = 48  # steps that a speed is measured over
-_SHORT_WINDOW: Final = 16
+_WINDOW: Final = (48, 0.2)  # steps, and seconds, that a speed is measured over at least
+_SHORT_WINDOW: Final = (16, 0.05)
 _SETTLING: Final = 4  # steps after a change that do not count
+_GAIN: Final = 1.05  # alone; less is noise
 _FIRST_STAY: Final = 64  # steps alone, four times as many after each trial that was slower
 _LONGEST_STAY: Final = 1024
 _MEMORY: Final = 32  # windows after which the speed alone is no longer believed
@@ -25,18 +26,18 @@ class Solo:
     """Decides whether the target is alone, from its steps' ends.
 
     Together for a window of steps; if that was slower than the shortest step might be, alone for a
-    short one; then whatever was faster. Who is alone tries it together again, ever more rarely.
+    short one, to know. Who is slower together twice in a row is alone for a while, and tries it
+    together again, ever more rarely.
     """
 
     def __init__(self) -> None:
         self.is_alone = False
-        self._is_trial = False
-        self._stay = _FIRST_STAY
         self._alone_rate: float | None = None  # tokens per second
-        self._together_rate = 0.0
         self._age = 0
+        self._stay = _FIRST_STAY
+        self._num_slower = 0  # windows in a row
         self._end_s: float | None = None  # of the last step of the same text
-        self._begin(_WINDOW)
+        self._begin(*_WINDOW)
 
     def on_step(self, result: StepResult, least_s: float) -> None:
         """A step ended. least_s: no step alone takes less. Time between texts is no part of a
@@ -49,42 +50,36 @@ class Solo:
             return
         self._num_tokens += result.num_emitted
         self._seconds += result.end_s - before_s
-        if self._num_steps < _SETTLING + self._length or not self._seconds:
+        num_steps, seconds = self._window
+        if self._num_steps < _SETTLING + num_steps or self._seconds < max(seconds, 1e-9):
             return
         rate = self._num_tokens / self._seconds
         if self.is_alone:
-            self._end_alone(rate)
+            self._alone_rate, self._age, self.is_alone = rate, 0, False
+            self._begin(*(_SHORT_WINDOW if self._num_slower else _WINDOW))
         else:
             self._end_together(rate, least_s)
 
-    def _end_alone(self, rate: float) -> None:
-        self._alone_rate, self._age = rate, 0
-        if self._is_trial and rate > self._together_rate:
-            self._is_trial = False
-            self._begin(self._stay)
-        else:  # not worth it, or for long enough
-            was_stay = not self._is_trial
-            self.is_alone = False
-            self._begin(_SHORT_WINDOW if was_stay else _WINDOW)
-
     def _end_together(self, rate: float, least_s: float) -> None:
-        self._together_rate = rate
         self._age += 1
-        if self._age > _MEMORY:
+        if self._alone_rate is None or self._age > _MEMORY:
             self._alone_rate = None
-        is_known = self._alone_rate is not None
-        if self._alone_rate is not None and rate < self._alone_rate:
-            self.is_alone, self._is_trial = True, False
+            if rate * least_s < 1.0:  # it might be faster
+                self.is_alone = True
+                self._begin(*_SHORT_WINDOW)
+                return
+        is_slower = self._alone_rate is not None and _GAIN * rate < self._alone_rate
+        self._num_slower = self._num_slower + 1 if is_slower else 0
+        if self._num_slower >= 2:
+            self.is_alone = True
+            self._begin(self._stay, 0.0)
             self._stay = min(4 * self._stay, _LONGEST_STAY)
-            self._begin(self._stay)
-        elif not is_known and rate * least_s < 1.0:
-            self.is_alone = self._is_trial = True
-            self._begin(_SHORT_WINDOW)
         else:
-            self._stay = _FIRST_STAY
-            self._begin(_WINDOW)
+            self._begin(*_WINDOW)
+            if not is_slower:
+                self._stay = _FIRST_STAY
 
-    def _begin(self, length: int) -> None:
-        self._length = length
+    def _begin(self, num_steps: int, seconds: float) -> None:
+        self._window = num_steps, seconds
         self._num_steps = self._num_tokens = 0
         self._seconds = 0.0

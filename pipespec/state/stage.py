@@ -139,7 +139,7 @@ class StageState:
         step, num_forwards, length = request.step, 1 + len(request.burst.steps), len(request.seq)
         outgoing = request.end_step(draws, start_s, end_s)
         result = StepResult(
-            query_length=step.query_length,
+            query_length=request.burst.mean_length,
             num_offered=step.num_candidates,
             num_accepted=request.num_main_accepted,
             num_emitted=len(request.seq) - length,
