@@ -1,4 +1,4 @@
-"""From a first draft's steps to its runner: the same drafts, whoever goes from forward to forward."""
+"""From a first draft's steps to its runner: the same drafts, whoever begins each forward."""
 
 from __future__ import annotations
 
@@ -161,7 +161,8 @@ def test_what_is_drafted_does_not_depend_on_who_goes_on(
 
 def test_a_draft_in_bursts_is_what_its_model_writes(make: Make) -> None:
     folder = make("llama", max_position_embeddings=LENGTH)
-    sent = [message for message in drafted(Counted(native(folder)), 0) if isinstance(message, Draft)]
+    messages = drafted(Counted(native(folder)), 0)
+    sent = [message for message in messages if isinstance(message, Draft)]
     alone = native(folder)
     first = next(message for message in sent if message.num_own)
     assert first.parent == hash_tokens(PROMPT)

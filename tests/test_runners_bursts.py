@@ -171,9 +171,7 @@ def burst_of(ids: Sequence[int], num_more: int, **options: object) -> BurstRow:
     return BurstRow(tree, (), num_more, **options)  # type: ignore[arg-type]
 
 
-def test_no_forward_begins_once_a_descriptor_can_be_read(
-    make: Make, pipe: tuple[int, int]
-) -> None:
+def test_no_forward_begins_once_a_descriptor_can_be_read(make: Make, pipe: tuple[int, int]) -> None:
     runner, (reader, writer) = native(make("llama")), pipe
     burst = burst_of([1, 2, 3], 4, descriptors=[reader])
     assert len(runner.forward_burst(burst)) == 5

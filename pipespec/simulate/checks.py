@@ -148,7 +148,8 @@ def check_rows(request: RequestState) -> None:
         rows += request.burst.reserved
         rows += [feed.row for feed, _ in zip(request.step.tail, request.step.twigs)]
     check(len(rows) == len(set(rows)), "no two hold the same row")
-    check(len(rows) == request.rows.count - request.rows.num_free, "a row that nobody holds is free")
+    num_used = request.rows.count - request.rows.num_free
+    check(len(rows) == num_used, "a row that nobody holds is free")
 
 
 def check_hashes(request: RequestState) -> None:

@@ -40,6 +40,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from pipespec.config import SamplingParams
 from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import Architecture, UnsupportedCheckpoint, read_architecture
 from pipespec.runners.base import TAIL_ROWS, BurstRow, Row, RunnerInfo, TailToken, TreeRow
@@ -49,8 +50,11 @@ from pipespec.runners.native import library
 from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
 from pipespec.runners.rows import check_burst, check_row, check_tree, chunks
+from pipespec.sampling import keeps_all
 
 _MAX_HEAD_DIM: Final = 512  # step.cpp
+_MAX_RANKED: Final = 64  # noise.h
+_MASK64: Final = (1 << 64) - 1
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -149,8 +153,8 @@ class NativeRunner:
         return self._info
 
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
-        """See `draw_rows`; at temperature 0 the tokens are chosen in C++."""
-        if any(row.sampling.temperature > 0.0 for row in rows):
+        """See `draw_rows`; the tokens are chosen in C++ unless some are to be dropped first."""
+        if not all(_is_drawn_here(row.sampling) for row in rows):
             return draw_rows(rows, self._info, self._num_embeddings, self._row_logits)
         for row in rows:
             check_row(row, self._info, self._num_embeddings)
@@ -168,7 +172,7 @@ class NativeRunner:
         Raises:
             PipeSpecError: as `forward`.
         """
-        if row.row.sampling.temperature > 0.0:
+        if not _is_drawn_here(row.row.sampling) or row.num_ranked > _MAX_RANKED:
             return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
         check_tree(row, self._info, self._num_embeddings)
         count = min(row.num_ranked, self._info.vocab_size)
@@ -178,13 +182,13 @@ class NativeRunner:
         return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
 
     def forward_burst(self, burst: BurstRow) -> list[list[tuple[int, ...]]]:
-        """See `BurstRunner`; at temperature 0 in C++.
+        """See `BurstRunner`; one forward where tokens are not chosen in C++.
 
         Raises:
             PipeSpecError: as `forward`.
         """
         tree = burst.tree
-        if tree.row.sampling.temperature > 0.0:
+        if not _is_drawn_here(tree.row.sampling) or tree.num_ranked > _MAX_RANKED:
             return [self.forward_tree(tree)]
         check_burst(burst, self._info, self._num_embeddings)
         count, num_outputs = min(tree.num_ranked, self._info.vocab_size), len(tree.tail) + 1
@@ -272,6 +276,7 @@ class NativeRunner:
         self._make_room(num_outputs, num_ranked)
         feed, num_done, is_finite = self._feed, 0, True
         feed.cache, feed.num_ranked = slot.address, num_ranked
+        feed.temperature, feed.seed = row.sampling.temperature, row.sampling.seed & _MASK64
         for start, stop in chunks(row.start, len(row.ids)):
             ids = row.ids[start - row.start : stop - row.start]
             slot.length = stop
@@ -335,6 +340,11 @@ class NativeRunner:
         if num_outputs * num_ranked > len(self._ranked):
             self._ranked = (c_int32 * (num_outputs * num_ranked))()
             self._ranked_address = ctypes.addressof(self._ranked)
+
+
+def _is_drawn_here(sampling: SamplingParams) -> bool:
+    """Whether step.cpp can choose the tokens."""
+    return sampling.temperature == 0.0 or keeps_all(sampling)
 
 
 def _shape(arch: Architecture, weights: Weights, cosines: Tensor, sines: Tensor) -> library.Shape:

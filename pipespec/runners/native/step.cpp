@@ -12,6 +12,7 @@
 #include <new>
 
 #include "attention.h"
+#include "noise.h"
 #include "pool.h"
 #include "products.h"
 
@@ -48,13 +49,16 @@ struct Shape {
 // `num_own` ids from position `start` on, then `num_tail` ids of branches. tail: for each of these
 // its position, its cache row, how many rows of the text it sees, and where in `chain` the rows of
 // branches begin that it sees; they end where the next one's begin. The last `num_outputs` ids get
-// logits [num_outputs][padded vocabulary] and the ids of the `num_ranked` largest, best first.
+// logits [num_outputs][padded vocabulary] and the ids of the `num_ranked` largest, best first; at a
+// temperature above 0 of those with noise of `seed`, at most 64.
 struct Feed {
   float* cache;
   const int32_t *ids, *tail, *chain;
   int64_t start, num_own, num_tail, num_outputs, num_ranked;
   float* logits;
   int32_t* ranked;
+  double temperature;
+  uint64_t seed;
 };
 
 // Forwards that follow one over `Feed`: each over what the one before ranked first, after the last
@@ -306,11 +310,19 @@ class Model {
     normalize(thread, first, shape_.norm);
     const int64_t stride = shape_.head.num_panels * PANEL;
     product(thread, shape_.head, normed_, first, Into{feed_.logits, stride});
-    const int count = static_cast<int>(feed_.num_ranked);
-    for (int row = thread; count > 0 && row < feed_.num_outputs; row += num_threads())
-      if (!rank(feed_.logits + row * stride, shape_.vocab_size, count, feed_.ranked + row * count))
-        all_finite_.store(false);
+    for (int row = thread; feed_.num_ranked > 0 && row < feed_.num_outputs; row += num_threads())
+      if (!rank_row(row, feed_.logits + row * stride)) all_finite_.store(false);
     end_products(kernel_);
+  }
+
+  // The tokens that come first after an output row; false if that cannot be said.
+  bool rank_row(int row, const float* logits) const {
+    const int count = static_cast<int>(feed_.num_ranked);
+    int32_t* best = feed_.ranked + row * count;
+    if (feed_.temperature == 0.0) return rank(logits, shape_.vocab_size, count, best);
+    const int64_t position = views_[num_rows() - feed_.num_outputs + row].position + 1;
+    return rank_perturbed(logits, shape_.vocab_size, position, feed_.temperature,
+                          Noise(feed_.seed), count, best);
   }
 
   int num_threads() const { return static_cast<int>(shape_.num_threads); }
