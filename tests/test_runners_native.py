@@ -166,7 +166,7 @@ def test_draws_with_noise_are_those_of_sampling(make: Make, temperature: float) 
     for number in range(40):
         choice = random.Random(number)
         ids = [choice.randrange(99) for _ in range(choice.randint(8, 30))]
-        sampling = SamplingParams(temperature=temperature, seed=choice.getrandbits(64))
+        sampling = SamplingParams(temperature=temperature, seed=choice.getrandbits(63))
         row = Row(0, 0, ids, choice.randint(1, 8), sampling)
         logits, count = runner.logits(row), choice.randint(2, 99)
         positions = draw_positions(row)

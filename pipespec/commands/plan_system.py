@@ -11,7 +11,7 @@ from pipespec.messages import Submit
 from pipespec.planning.measure import Job, measure
 from pipespec.planning.measured import measured_system, overheads_of
 from pipespec.planning.profile import Profile, identity_of, read_profile, write_profile
-from pipespec.planning.system import System, emulated_system, is_emulated
+from pipespec.planning.system import Overheads, System, emulated_system, is_emulated
 from pipespec.results import describe_environment
 
 
@@ -33,6 +33,14 @@ def make_system(
             profile, settings.models, generation, hierarchy.vocab_size, hierarchy.eos
         )
         return system, f"measured in {profile.measuring_s:.1f} s{kept}"
+    system = emulated(settings, inputs, overheads_of(profile.parts))
+    return system, f"emulated models; what runs add measured in {profile.measuring_s:.1f} s{kept}"
+
+
+def emulated(settings: Settings, inputs: Inputs, overheads: Overheads | None = None) -> System:
+    """Of emulated models, for the prompts given. overheads: what runs add; only an assumed time
+    between processes without it, so that a simulation is the same on every machine."""
+    hierarchy, generation = inputs.hierarchy, settings.generation
     submits = [
         Submit(
             number,
@@ -45,9 +53,7 @@ def make_system(
         )
         for number, prompt in enumerate(inputs.prompts)
     ]
-    overheads = overheads_of(profile.parts)
-    system = emulated_system(settings.models, submits, hierarchy.vocab_size, overheads)
-    return system, f"emulated models; what runs add measured in {profile.measuring_s:.1f} s{kept}"
+    return emulated_system(settings.models, submits, hierarchy.vocab_size, overheads)
 
 
 def _measured_profile(

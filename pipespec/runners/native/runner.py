@@ -54,7 +54,6 @@ from pipespec.sampling import keeps_all
 
 _MAX_HEAD_DIM: Final = 512  # step.cpp
 _MAX_RANKED: Final = 64  # noise.h
-_MASK64: Final = (1 << 64) - 1
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -276,7 +275,7 @@ class NativeRunner:
         self._make_room(num_outputs, num_ranked)
         feed, num_done, is_finite = self._feed, 0, True
         feed.cache, feed.num_ranked = slot.address, num_ranked
-        feed.temperature, feed.seed = row.sampling.temperature, row.sampling.seed & _MASK64
+        feed.temperature, feed.seed = row.sampling.temperature, row.sampling.seed
         for start, stop in chunks(row.start, len(row.ids)):
             ids = row.ids[start - row.start : stop - row.start]
             slot.length = stop
