@@ -31,6 +31,8 @@ from tests.test_runners_llama import (  # noqa: F401
 from tests.test_runners_native import DTYPES
 from tests.tiny import make_tiny, one_thread  # noqa: F401
 
+SAMPLED = SamplingParams(temperature=0.7, seed=5)
+
 Draws = list[tuple[int, ...]]
 
 
@@ -67,7 +69,7 @@ class Scene:
     burst: BurstRow
 
     @classmethod
-    def random(cls, seed: int) -> Scene:
+    def random(cls, seed: int, sampling: SamplingParams) -> Scene:
         choice, text = random.Random(seed), random_ids(random.Random(seed).randint(5, 20), seed)
         length, first = len(text), 40 + choice.randint(0, 9)
         others = [
@@ -89,7 +91,7 @@ class Scene:
                 parent = position - 1
             tail.append(TailToken(choice.randrange(VOCAB_SIZE), position, row + index, parent))
         rounds = sorted((choice.randint(0, num_more) for _ in tail), reverse=True)
-        given = Row(0, start, own, min(1, len(own)), GREEDY)
+        given = Row(0, start, own, min(1, len(own)), sampling)
         tree = TreeRow(given, tail, kept, length, num_ranked=choice.randint(1, 5))
         return cls(text, before, BurstRow(tree, rounds, num_more))
 
@@ -126,15 +128,16 @@ def what_is_left(
 
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_burst_is_its_forwards_one_by_one_to_the_bit(
-    make: Make, dtype: str, num_threads: int
+    make: Make, dtype: str, num_threads: int, sampling: SamplingParams
 ) -> None:
     folder = make("llama")
     alone = native(folder, dtype=dtype)
     runner = native(folder, dtype=dtype, num_threads=num_threads)
     for seed in range(40):
         print(f"seed {seed}")
-        scene = Scene.random(seed)
+        scene = Scene.random(seed, sampling)
         for one in (alone, runner):
             one.release(0)
             scene.set(one)

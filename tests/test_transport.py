@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -377,3 +378,52 @@ def test_both_transports_fit_the_protocol_that_stages_use(socket_dir: Path) -> N
     with ZmqTransport[Link]() as over_zmq:
         both: list[Transport] = [in_memory, over_zmq]
         assert all(transport.num_malformed == 0 for transport in both)
+
+
+# -- who computes meanwhile ---------------------------------------------------------------------
+
+
+def can_be_read(transport: Transport, wait_s: float = 0.0) -> bool:
+    return bool(select.select(transport.descriptors, (), (), wait_s)[0])
+
+
+def test_a_descriptor_can_be_read_once_a_frame_is_there(endpoint: str) -> None:
+    with linked(endpoint) as (lower, upper, _):
+        assert lower.receive(0.0) == []
+        assert not lower.has_frames()
+        upper.send(Link.DOWN, frame_of(Finish(1)))
+        assert can_be_read(lower, DEADLINE_S)
+        wait_until(lower.has_frames)
+        assert lower.has_frames(), "who looks takes nothing"
+        assert [frame.message for _, frame in lower.receive(0.0)] == [Finish(1)]
+        assert not lower.has_frames()
+
+
+def test_a_look_at_a_link_silences_its_descriptor_until_something_comes(endpoint: str) -> None:
+    """It tells of changes, and of more than frames; who computes must not stop for ever."""
+    with linked(endpoint) as (lower, upper, _):
+        for number in range(20):
+            upper.send(Link.DOWN, frame_of(Finish(number)))
+            assert can_be_read(lower, DEADLINE_S)
+            assert receive(lower, 1) == [frame_of(Finish(number))]
+            wait_until(lambda: not lower.has_frames() and not can_be_read(lower))
+
+
+def test_a_transport_has_one_descriptor_for_each_open_link(socket_dir: Path) -> None:
+    with ZmqTransport[Link]() as transport:
+        assert list(transport.descriptors) == []
+        transport.bind(Link.UP, f"ipc://{socket_dir}/up")
+        transport.connect(Link.DOWN, f"ipc://{socket_dir}/down")
+        transport.connect(Link.DOWN, f"ipc://{socket_dir}/elsewhere")
+        assert len(set(transport.descriptors)) == 2
+
+
+def test_memory_links_have_frames_and_no_descriptor() -> None:
+    (first, second), _ = connect_in_memory(2)
+    assert not second.has_frames()
+    first.send(Link.DOWN, frame_of(Finish(1)))
+    assert second.has_frames()
+    assert not first.has_frames()
+    assert list(second.descriptors) == []
+    second.receive()
+    assert not second.has_frames()

@@ -48,8 +48,10 @@ def check_next(
     own = [draws[step.num_draws - 1][0]] if step.ids else []
     check(list(following.ids) == own, "a step goes on from its own draw")
     check(following.start == step.end, "a step goes on where it was")
-    check(following.end <= request.acked + request.role.run_ahead, "a step stays within the room")
-    check(following.end < request.limit, "nothing is fed that nobody wants to go on from")
+    if following.ids:
+        reach = request.acked + request.role.run_ahead
+        check(following.end <= reach, "a step stays within the room")
+        check(following.end < request.limit, "nothing is fed that nobody wants to go on from")
     check(following.num_more == step.num_more - 1, "a step ends")
     count = len(following.tail)
     drawn = [ranked[0] for ranked in draws[step.num_draws :]]

@@ -105,6 +105,8 @@ def make_draft(request: RequestState, end: int, stops: bool, branches: Sequence[
             parents.append(parent)
             parent = len(tokens)
             tokens.append(token)
+            if token in request.eos:
+                break  # a burst has gone on beyond it
         branch.num_sent = len(branch.tokens)
     prefix_hash = request.hashes[start]
     return Draft(request.request, prefix_hash, start, tuple(tokens), stops, tuple(parents))

@@ -234,7 +234,7 @@ class Outcomes:
         return found
 
     def _goes_on(self, branch: Branch) -> bool:
-        return self.num_left(branch) > 0 and branch.tokens[-1] not in self._eos
+        return self.num_left(branch) > 0 and self._eos.isdisjoint(branch.tokens)
 
     def _drop(self, keys: Iterable[tuple[int, int]]) -> None:
         for key in keys:
