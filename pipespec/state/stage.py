@@ -136,16 +136,17 @@ class StageState:
         self._unlearnt = None
         if self.requests.get(request.request) is not request:
             return []
-        step, num_forwards, length = request.step, 1 + len(request.burst.steps), len(request.seq)
+        step, length = request.step, len(request.seq)
         outgoing = request.end_step(draws, start_s, end_s)
+        forwards = request.burst.steps
         result = StepResult(
-            query_length=request.burst.mean_length,
+            query_length=round(sum(each.query_length for each in forwards) / len(forwards)),
             num_offered=step.num_candidates,
             num_accepted=request.num_main_accepted,
             num_emitted=len(request.seq) - length,
             num_left=0,
             is_prefill=step.is_prefill,
-            seconds=(end_s - start_s) / num_forwards,
+            seconds=(end_s - start_s) / len(forwards),
             end_s=end_s,
         )
         self._unlearnt = request, result
