@@ -1,4 +1,6 @@
-"""One contestant as a process: `python -m pipespec.comparison.child`, started by the race alone.
+"""One contestant as a process: `python -m pipespec.comparison.child DIR`, started by the race.
+
+Should the race be killed, this process removes DIR, the race's run directory, and ends.
 
 The first line of standard input says what to load; each line after it asks for one text and is
 answered by one line. It waits for the next one in a read, and ends with its input. Whatever a
@@ -19,17 +21,20 @@ import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any
 
 from pipespec.comparison.speaker import Speaker
 from pipespec.errors import PipeSpecError
-from pipespec.worker import pin
+from pipespec.worker import pin, watch_launcher
 
 
 def main() -> int:
     """Serves until the input ends; returns the exit status."""
     answers = _private_output()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the race decides when it ends
+    for number in (signal.SIGINT, signal.SIGHUP):  # the race decides when it ends
+        signal.signal(number, signal.SIG_IGN)
+    watch_launcher(os.getppid(), Path(sys.argv[1]))
     try:
         spec = json.loads(sys.stdin.readline())
         _serve(spec, answers)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 from pipespec.comparison.drafting import StageSums
 from pipespec.errors import DataError, PipeSpecError, UsageError
+from pipespec.results import ensure_writable_file
 from pipespec.results.metadata import plain
 
 SCHEMA_VERSION: Final = 1
@@ -123,22 +123,24 @@ def claim(path: Path, *, force: bool) -> None:
         UsageError: it cannot, or there is a file already and `force` does not say to replace it.
     """
     try:
-        if path.exists() and not force:
-            raise UsageError(f"--output: {path} is there already; name another, or pass --force")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as probe:
-            probe.write(b"x")
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"--output: cannot write {path} ({reason}); name another file") from error
+    ensure_writable_file(path, "--output")
+    if path.exists() and not force:
+        raise UsageError(f"--output: {path} is there already; name another, or pass --force")
 
 
 def save(record: Record, path: Path) -> None:
-    """Replaces the file in one step; whatever interrupts it leaves the former one whole.
+    """Replaces the file in one step; whatever interrupts it leaves the former one whole. A record
+    without a turn is not worth a former one, and not written.
 
     Raises:
         PipeSpecError: the disk refused.
     """
+    if not record.turns:
+        return
     content = {
         "kind": _KIND,
         "schema_version": SCHEMA_VERSION,
