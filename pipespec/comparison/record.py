@@ -180,6 +180,7 @@ def load(path: Path) -> Record:
     if content.get("schema_version") != SCHEMA_VERSION:
         raise DataError(f"{path} has another schema version than {SCHEMA_VERSION}; race again")
     try:
+        _check_metadata(content["metadata"])
         return Record(
             content["metadata"],
             [Entrant(**_tuples(entrant)) for entrant in content["contestants"]],
@@ -188,6 +189,17 @@ def load(path: Path) -> Record:
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not a whole file of a race ({error})") from error
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises a KeyError or TypeError where tables and pictures would, which read these."""
+    for key in ("dataset", "num_samples", "max_new_tokens", "load_average_before"):
+        metadata[key]
+    metadata["sampling"]["temperature"]
+    for model in metadata["models"]:
+        model["path"]
+    for table in metadata["tables"]:
+        metadata["tables"][table]
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:

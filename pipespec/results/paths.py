@@ -107,6 +107,8 @@ def ensure_writable_file(path: Path, flag: str) -> None:
     try:
         if path.is_dir():
             raise UsageError(f"{flag}: {path} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
         if not path.exists():
             with tempfile.TemporaryFile(dir=path.parent) as probe:
                 probe.write(b"x")
