@@ -359,6 +359,7 @@ def test_tables_fit_80_columns_and_show_the_samples(
         (["x", "--temperatures", "0"], "--temperatures"),
         (["x", "--temperatures", "nan"], "--temperatures"),
         (["x", "--tokens", "many"], "--tokens"),
+        (["x", "--threads", "99999999999"], "--threads"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
