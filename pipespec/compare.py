@@ -24,7 +24,7 @@ from pipespec.commands.arguments import (
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, library_errors, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
-from pipespec.commands.plan_system import make_system
+from pipespec.commands.plan_system import emulated
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.comparison.contestants import (
     HEURISTIC,
@@ -296,7 +296,7 @@ def _race(
         _race_processes(contestants, settings, inputs, options, record, path)
     else:
         progress = Display(make_console(stderr=True))
-        system, _ = make_system(settings, inputs, None, progress)
+        system = emulated(settings, inputs)
         with progress.news() as news:
             simulate(contestants, system, inputs, record, path, news)
     if not record.turns:

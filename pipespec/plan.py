@@ -2,7 +2,7 @@
 
 Measures every model where it would run (once: `--profile` keeps what was measured), simulates
 every subset, strategy and schedule on the very texts that were written meanwhile, and ranks them.
-Emulated models are simulated from their tables, unmeasured.
+Of emulated models only what runs add to forwards is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
 from pipespec.commands.plan_run import models_of, run_choices
-from pipespec.commands.plan_system import is_emulated, make_system
+from pipespec.commands.plan_system import make_system
 from pipespec.commands.plan_tables import (
     Trial,
     allocation_table,
@@ -51,7 +51,7 @@ from pipespec.config import (
 from pipespec.errors import DataError, UsageError
 from pipespec.planning.devices import Allocation, allocations, one_more, read_target_times
 from pipespec.planning.search import Plan, Ranking, search, useless_stages
-from pipespec.planning.system import System
+from pipespec.planning.system import Choice, System
 from pipespec.planning.times import Times
 from pipespec.results import ensure_writable, ensure_writable_file
 
@@ -136,7 +136,7 @@ def _plan(options: Namespace) -> int:
     options.num_samples = len(inputs.prompts)  # there may be fewer than were asked for
     display.line(_title(settings, inputs))
     system, how = make_system(settings, inputs, options.profile, progress)
-    _show_system(system, how, is_emulated(settings.models), display)
+    _show_system(system, how, display)
     start_s = time.monotonic()
     with progress.parts("simulated") as on_part:
         ranking = search(system, on_simulated=lambda choice: on_part(stages_text(choice)))
@@ -166,8 +166,6 @@ def _read_settings(options: Namespace) -> Settings:
     models = load_models_config(path)
     if len(models) < 2:
         raise UsageError(f"{path} has one model: there is nothing to plan; add a draft before it")
-    if options.profile is not None and is_emulated(models):
-        raise UsageError("--profile: emulated models are not measured; leave it out")
     if (options.target_step_ms is None) != (options.num_devices is None):
         raise UsageError("--target-step-ms and --num-devices go together; pass both")
     if options.num_devices is not None and options.num_devices < 1:
@@ -203,15 +201,9 @@ def _title(settings: Settings, inputs: Inputs) -> str:
     return ", ".join(parts)
 
 
-def _show_system(system: System, how: str, is_emulated: bool, display: Display) -> None:
+def _show_system(system: System, how: str, display: Display) -> None:
     """Where the numbers are from, and the most important of them."""
     display.line(how)
-    costs, kind = system.overheads, "assumed" if is_emulated else "measured"
-    display.line(
-        f"between processes {1e3 * costs.latency_s:.2f} ms ({kind}); beside each forward: "
-        f"greedy {1e3 * costs.greedy_s:.2f} ms, chain {1e3 * costs.chain_s:.2f} ms, async-chain "
-        f"{1e3 * costs.async_s:.2f} ms, and {1e3 * costs.token_s:.2f} ms a drafted token to read"
-    )
     for index, model in enumerate(system.models):
         beside = [
             f"; {factor:.2f}x while {other} computes"
@@ -222,6 +214,20 @@ def _show_system(system: System, how: str, is_emulated: bool, display: Display) 
             f"{index}: {model.name}: {1e3 * system.step_s(index):.3f} ms for one token, "
             f"{1e3 * system.step_s(index, 8):.3f} ms for 8{''.join(beside)}"
         )
+    for choice in (
+        Choice((system.target,), "greedy"),
+        Choice(tuple(range(system.target + 1)), "chain"),
+        Choice(tuple(range(system.target + 1)), "async-chain"),
+    ):
+        costs = [system.overheads.at(choice, stage) for stage in choice.stages]
+        display.line(
+            f"in {choice.strategy} of {stages_text(choice)}: forwards "
+            + ", ".join(f"{cost.slow_down:.2f}x" for cost in costs)
+            + "; between them "
+            + ", ".join(f"{1e3 * cost.loop_s:.2f}" for cost in costs)
+            + " ms"
+        )
+    display.line(f"from a forward to the one that it causes: {1e3 * system.overheads.hop_s:.2f} ms")
 
 
 # -- what comes out -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from pipespec.config import Schedule
+from pipespec.solo import Solo
 
 SEND_COST_S = 60e-6  # of a draft's loop, beside its forwards; measured on Linux, ipc
 FIRST_MOST = 16  # candidates to verify at once; more only after so many have been tried
@@ -70,6 +71,11 @@ class Policy(Protocol):
 
     batch: int  # tokens that a first draft collects before it sends them
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether a target keeps its tokens to itself."""
+        ...
+
     def wait(self, situation: Situation) -> tuple[int, float | None]:
         """Candidates to wait for, and for how many seconds at most (None: without limit)."""
         ...
@@ -100,6 +106,7 @@ class FixedWait:
         self.num_candidates = num_candidates
         self.patience_s = patience_s
         self.batch = batch
+        self.is_alone = False
 
     def wait(self, situation: Situation) -> tuple[int, float | None]:
         return self.num_candidates, self.patience_s
@@ -198,10 +205,18 @@ class AdaptiveWait:
 
     None are waited for once so many are at hand. Acceptance, the time to draft a token and step
     times are running means of what this stage has seen. overlaps: the stage above drafts on while
-    this one verifies (False: a synchronous chain, whose waits end by themselves).
+    this one verifies (False: a synchronous chain, whose waits end by themselves). may_be_alone: of
+    a target that leaves its drafts while they only slow it down.
     """
 
-    def __init__(self, max_candidates: int, *, overlaps: bool = True, patience_s: float = 1.0):
+    def __init__(
+        self,
+        max_candidates: int,
+        *,
+        overlaps: bool = True,
+        patience_s: float = 1.0,
+        may_be_alone: bool = False,
+    ) -> None:
         self._max_candidates = max_candidates
         self._overlaps = overlaps
         self._patience_s = patience_s
@@ -216,7 +231,13 @@ class AdaptiveWait:
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
         self._most = min(FIRST_MOST, max_candidates)
+        self._solo = Solo() if may_be_alone else None
         self.batch = 1
+
+    @property
+    def is_alone(self) -> bool:
+        """See `Policy.is_alone`."""
+        return self._solo is not None and self._solo.is_alone
 
     @property
     def acceptance(self) -> float:
@@ -227,6 +248,8 @@ class AdaptiveWait:
         wanted = max(0, min(self._wanted, situation.num_useful))
         if not self._overlaps:
             return wanted, None
+        if self.is_alone:
+            return 0, None
         missing = max(0, wanted - situation.num_candidates)
         return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_s())
 
@@ -271,6 +294,8 @@ class AdaptiveWait:
 
     def on_step(self, result: StepResult) -> None:
         self._end_timing()
+        if self._solo is not None:
+            self._solo.on_step(result, self._steps.estimate(1) or 0.0)
         if result.is_prefill:
             return
         self._steps.observe(result.query_length, result.seconds)
@@ -330,7 +355,9 @@ class AdaptiveWait:
         self._num_timed = 0
 
 
-def make_policy(schedule: Schedule, *, is_first: bool, overlaps: bool = True) -> Policy:
+def make_policy(
+    schedule: Schedule, *, is_first: bool, is_last: bool = False, overlaps: bool = True
+) -> Policy:
     """The policy of one stage; overlaps: False for `chain`."""
     patience_s = 1.0 if overlaps else None
     if schedule.policy == "pipespec":
@@ -339,4 +366,4 @@ def make_policy(schedule: Schedule, *, is_first: bool, overlaps: bool = True) ->
         return AdaptiveWait(0) if overlaps else FixedWait(0, None)
     if schedule.lookahead is not None:
         return FixedWait(schedule.lookahead, patience_s)
-    return AdaptiveWait(schedule.run_ahead, overlaps=overlaps)
+    return AdaptiveWait(schedule.run_ahead, overlaps=overlaps, may_be_alone=overlaps and is_last)

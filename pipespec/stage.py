@@ -46,7 +46,7 @@ class StageLoop:
     ) -> None:
         info = runner.info
         role = Role.of(schedule, index, num_stages, info.context_length, info.num_tail_rows)
-        policy = make_policy(schedule, is_first=role.is_first)
+        policy = make_policy(schedule, is_first=role.is_first, is_last=role.is_last)
         self.state = StageState(role, policy, incarnations, decode=decode, max_active=num_slots)
         self._slots = SlotTable(runner, num_slots)
         self._transport = transport
@@ -61,7 +61,7 @@ class StageLoop:
         """Serves until told to stop; what the runner or the transport raises ends it."""
         self._drain(0.0)
         while not self._stopped:
-            self.state.learn()
+            self._send(self.state.learn())
             decision = self.state.decide(self._clock())
             self._do_duties(is_idle=decision.step is None)
             if decision.step is not None:

@@ -168,8 +168,7 @@ class ZmqTransport(Generic[K]):
         deadline = time.monotonic() + timeout_s
         while True:
             for socket in self._sockets.values():
-                if _has_frames(socket):
-                    self._drain(socket, received)
+                self._drain(socket, received)
             left_s = deadline - time.monotonic()
             if received or left_s <= 0:
                 return received
@@ -238,22 +237,23 @@ class ZmqTransport(Generic[K]):
     def _drain(self, socket: zmq.Socket[bytes], received: list[tuple[K, Frame]]) -> None:
         link = self._links[socket]
         for _ in range(self._high_water):
-            parts = socket.recv_multipart(zmq.NOBLOCK)
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
             try:
                 if len(parts) != 1:
                     raise ProtocolError("frame has several ZMQ parts")
                 received.append((link, decode(parts[0])))
             except ProtocolError as error:
                 self._count_malformed(link, error)
-            if not _has_frames(socket):
-                return
 
     def _wait(self, timeout_s: float) -> None:
         """Returns when a socket may have something to read, or after `timeout_s`.
 
         A wait for drafts is often shorter than the millisecond that zmq_poll() counts in, so short
         waits use select(). The sockets' descriptors signal *changes*: this is sound only because
-        `_has_frames` just before has taken note of all earlier ones.
+        a read that found nothing has just taken note of all earlier ones.
         """
         if timeout_s < _FINE_WAIT_S and max(self._fds) <= _MAX_SELECT_FD:
             select.select(self._fds, (), (), timeout_s)

@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "config", "hashing", "messages"),
     (
         *("state", "policy", "metrics", "results", "emulation", "simulate", "placement"),
-        "machine",
+        *("machine", "solo"),
     ),
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),

@@ -127,7 +127,7 @@ def test_a_profile_of_another_text_is_refused_before_anything_is_measured(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "profile.json"
-    path.write_text('{"pipespec_profile": 1, "identity": {}}')
+    path.write_text('{"pipespec_profile": 2, "identity": {}}')
     assert plan.main([*tiny_flags, "--profile", str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if line.startswith("error: ")]
@@ -188,13 +188,17 @@ def emulated_flags(tmp_path: Path) -> list[str]:
     return ["--models-config-path", config, "--dataset", data, "--max-new-tokens", "24"]
 
 
-def test_emulated_models_are_planned_without_measuring_and_the_same_every_time(
+def test_of_emulated_models_only_what_runs_add_is_measured_and_once(
     emulated_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [line for line in shown(emulated_flags, capsys).splitlines() if "simulated" not in line]
-    assert "emulated models: nothing is measured" in lines
+    path = tmp_path / "profile.json"
+    kept = [*emulated_flags, "--profile", str(path)]
+    lines = [line for line in shown(kept, capsys).splitlines() if "simulated" not in line]
+    assert any(line.startswith("emulated models; what runs add measured") for line in lines)
     assert any(line.startswith("python -m pipespec.benchmark ") for line in lines)
-    again = [line for line in shown(emulated_flags, capsys).splitlines() if "simulated" not in line]
+    parts = json.loads(path.read_text())["parts"]
+    assert set(parts) == {"greedy", "in-chain", "hop", "async/0/1"}
+    again = [line for line in shown(kept, capsys).splitlines() if "simulated" not in line]
     assert lines == again
 
 
@@ -218,7 +222,7 @@ def test_a_device_more_is_answered_for_target_and_draft(
     printed = shown(
         [*emulated_flags, "--target-step-ms", str(tables), "--num-devices", "2"], capsys
     )
-    assert "a device more for the target: +14" in printed
+    assert "a device more for the target: +1" in printed
     assert "a device more for a draft: +" in printed
     assert "best of all: 1 device for the target, draft: " in printed
 
@@ -248,7 +252,7 @@ def test_a_config_without_a_draft_that_pays_says_so(
         (["--num-devices", "2"], "--target-step-ms and --num-devices go together"),
         (["--target-step-ms", "x.json", "--num-devices", "0"], "--num-devices is 0"),
         (["--target-step-ms", "x.json", "--num-devices", "2"], "x.json: No such file"),
-        (["--profile", "x.json"], "emulated models are not measured"),
+        (["--profile", "/nowhere/at/all.json"], "--profile: there is no folder /nowhere/at"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--write", "/nowhere/at/all.json"], "--write: there is no folder /nowhere/at"),
         (["--write", "."], "--write: . is a folder; name a file"),

@@ -13,7 +13,7 @@ from pipespec.emulation import Oracle, Stretches
 from pipespec.hashing import hash_tokens
 from pipespec.planning.measured import measured_system, texts_of
 from pipespec.planning.profile import Profile
-from pipespec.planning.system import Choice, Overheads, System
+from pipespec.planning.system import Choice, StageCost, System
 from pipespec.planning.trace import (
     Draws,
     Text,
@@ -46,7 +46,8 @@ def profile_of(oracles: Sequence[Oracle], num_texts: int = 3) -> Profile:
     """What measuring models that draw like these would record."""
     texts = [text_of(index) for index in range(num_texts)]
     last = len(oracles) - 1
-    parts: dict[str, Any] = {"overheads": asdict(Overheads(0.0, 0.0, 0.0, 0.0, 0.0, 0.0))}
+    free = asdict(StageCost())
+    parts: dict[str, Any] = {"greedy": free, "in-chain": [free for _ in oracles], "hop": 0.0}
     for number, text in enumerate(texts):
         parts[f"text/{number}"] = asdict(text)
     for index, oracle in enumerate(oracles):

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from pipespec.simulate import Faults, engine, scenario
-from pipespec.state import beside, journal, links, request, stage
+from pipespec.state import beside, burst, journal, links, request, stage
 
 MAX_SEEDS = 400
 
@@ -95,6 +95,41 @@ MUTANTS = {
         scenario.RELIABLE,
         ("a branch is fed on the prefix it follows",),
     ),
+    "a prepared token after the wrong one": Mutant(
+        beside,
+        "parent = branch.position - start - 1",
+        "parent = max(-1, branch.position - start - 2)",
+        scenario.RELIABLE,
+        ("a draft says what was drawn",),
+    ),
+    "a branch that goes on beyond its end": Mutant(
+        beside,
+        "rounds = tuple(min(num_rounds, count) for count in left)",
+        "rounds = tuple(num_rounds for _ in left)",
+        scenario.RELIABLE,
+        ("nothing is fed that nobody wants to go on from",),
+    ),
+    "a branch that goes on from another's draw": Mutant(
+        burst,
+        "outcomes.grow(step.branches, draws[step.num_draws :])",
+        "outcomes.grow(step.branches, draws[-len(step.branches) - 1 :])",
+        scenario.RELIABLE,
+        ("branches go on from their own draws",),
+    ),
+    "a burst that forgets what it fed": Mutant(
+        burst,
+        "step = replace(last, start=first.start, ids=first.ids + fed, num_candidates=len(fed))",
+        "step = replace(last, start=first.start, ids=first.ids + fed)",
+        scenario.RELIABLE,
+        ("draws are used only on their own context",),
+    ),
+    "rows of a burst not given back": Mutant(
+        request,
+        "        self.rows.free(self.burst.reserved)\n",
+        "",
+        scenario.RELIABLE,
+        ("a row that nobody holds is free",),
+    ),
     "KV not cut by a rollback": Mutant(
         request,
         "        self.kv_valid = min(self.kv_valid, length)\n",
@@ -166,6 +201,9 @@ def test_a_planted_bug_breaks_a_promise(name: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(stage, "RequestState", module.RequestState)
     elif mutant.module is beside:
         monkeypatch.setattr(request, "place_feeds", module.place_feeds)
+        monkeypatch.setattr(request, "make_draft", module.make_draft)
+    elif mutant.module is burst:
+        monkeypatch.setattr(request, "Burst", module.Burst)
     elif mutant.module is links:
         monkeypatch.setattr(stage, "Links", module.Links)
         monkeypatch.setattr(stage, "Arrival", module.Arrival)

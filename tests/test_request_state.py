@@ -220,13 +220,20 @@ def test_a_burst_may_end_early() -> None:
     assert drafter.begin_step(16).ids == (2,)
 
 
-def test_a_verdict_cuts_a_burst_off_and_what_was_drawn_before_it_stays_in_the_cache() -> None:
+def test_a_verdict_that_confirms_ends_a_burst_and_all_draws_count() -> None:
     drafter = drafter_in_burst()
     assert drafter.draw_on([(2,)]).ids == (2,)
     drafter.on_verdict(Verdict(1, 1, 3, (1,), False))
-    assert drafter.is_untouched, "it only confirms"
-    drafter.on_verdict(Verdict(1, 2, 4, (2, 5), False))
-    assert not drafter.is_untouched
+    assert drafter.draw_on([(3,)]) is None
+    drafter.end_step([(3,)], 0.0, 2.0)
+    assert own(drafter) == [1, 2, 3]
+    assert drafter.begin_step(16).ids == (3,)
+
+
+def test_a_verdict_cuts_a_burst_off_and_what_was_drawn_before_it_stays_in_the_cache() -> None:
+    drafter = drafter_in_burst()
+    assert drafter.draw_on([(2,)]).ids == (2,)
+    drafter.on_verdict(Verdict(1, 1, 3, (1, 2, 5), False))
     assert drafter.draw_on([(3,)]) is None
     drafter.end_step([(3,)], 0.0, 2.0)
     assert own(drafter) == [1, 2, 5]

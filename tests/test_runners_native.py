@@ -20,13 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipespec.config import SamplingParams
 from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import UnsupportedCheckpoint
 from pipespec.runners.base import Row, TreeRow
 from pipespec.runners.native import NativeRunner
 from pipespec.runners.native.build import processor
-from pipespec.runners.rows import CHUNK
-from pipespec.sampling import rank
+from pipespec.runners.rows import CHUNK, draw_positions
+from pipespec.sampling import draw, rank
 from tests.test_runners_llama import (  # noqa: F401
     CONTEXT_LENGTH,
     GREEDY,
@@ -157,6 +158,21 @@ def test_ranks_are_those_of_the_logits(make: Make, count: int) -> None:
     row = Row(0, 0, ids, len(ids), GREEDY)
     ranked = runner.forward_tree(TreeRow(row, (), num_ranked=count))
     assert ranked == rank(feed(runner, ids), range(1, 31), GREEDY, VOCAB_SIZE, count)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.8, 1.7])
+def test_draws_with_noise_are_those_of_sampling(make: Make, temperature: float) -> None:
+    runner = NativeRunner(make("llama"), name="m", dtype="float32", vocab_size=99)
+    for number in range(40):
+        choice = random.Random(number)
+        ids = [choice.randrange(99) for _ in range(choice.randint(8, 30))]
+        sampling = SamplingParams(temperature=temperature, seed=choice.getrandbits(63))
+        row = Row(0, 0, ids, choice.randint(1, 8), sampling)
+        logits, count = runner.logits(row), choice.randint(2, 99)
+        positions = draw_positions(row)
+        assert runner.forward([row]) == [draw(logits, positions, sampling, 99)], number
+        ranked = rank(logits, positions, sampling, 99, count)
+        assert runner.forward_tree(TreeRow(row, (), num_ranked=count)) == ranked, number
 
 
 def test_weights_that_give_nan_are_an_error_beside_branches_too(tmp_path: Path) -> None:

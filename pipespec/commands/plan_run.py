@@ -54,6 +54,14 @@ def run_choices(
         run_strategy(run, chosen, inputs, greedy, display)
         results = load_results(run.path).results
         greedy = results if is_greedy else greedy
-        ideal, shared, real = (system.predict(choice, cost=cost) for cost in Cost)
-        trials.append(Trial(choice, run.path, summarise(results), ideal, shared, real))
+        predictions = {cost: system.predict(choice, cost=cost) for cost in Cost}
+        summary, step_s = summarise(results), _target_step_s(results)
+        trials.append(Trial(choice, run.path, summary, step_s, predictions))
     return trials
+
+
+def _target_step_s(results: Sequence[Any]) -> float:
+    """Mean seconds of a forward of the target, but for prompts."""
+    metrics = [result["metrics"] for result in results]
+    seconds = sum(each["forward_times_s"][-1] - each["prefill_times_s"][-1] for each in metrics)
+    return float(seconds / max(1, sum(each["num_steps"][-1] for each in metrics)))

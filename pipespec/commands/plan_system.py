@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from pipespec.commands.display import Display
 from pipespec.commands.inputs import Inputs
 from pipespec.commands.settings import Settings
-from pipespec.config import ModelConfig
 from pipespec.messages import Submit
 from pipespec.planning.measure import Job, measure
-from pipespec.planning.measured import measured_system
+from pipespec.planning.measured import measured_system, overheads_of
 from pipespec.planning.profile import Profile, identity_of, read_profile, write_profile
-from pipespec.planning.system import System, emulated_system
+from pipespec.planning.system import Overheads, System, emulated_system, is_emulated
 from pipespec.results import describe_environment
-
-
-def is_emulated(models: Sequence[ModelConfig]) -> bool:
-    """Whether none has weights."""
-    return all(model.emulated is not None for model in models)
 
 
 def make_system(
@@ -33,27 +26,34 @@ def make_system(
         StageError: a process that was to be measured failed.
     """
     hierarchy, generation = inputs.hierarchy, settings.generation
-    if is_emulated(settings.models):
-        submits = [
-            Submit(
-                number,
-                prompt.ids,
-                (),
-                generation.sampling,
-                min(generation.max_new_tokens, hierarchy.context_length + 1 - len(prompt.ids)),
-                (),
-                (),
-            )
-            for number, prompt in enumerate(inputs.prompts)
-        ]
-        system = emulated_system(settings.models, submits, hierarchy.vocab_size)
-        return system, "emulated models: nothing is measured"
     profile = _measured_profile(settings, inputs, profile_path, progress)
-    system = measured_system(
-        profile, settings.models, generation, hierarchy.vocab_size, hierarchy.eos
-    )
     kept = "" if profile_path is None else f", kept in {profile_path}"
-    return system, f"measured in {profile.measuring_s:.1f} s{kept}"
+    if not is_emulated(settings.models):
+        system = measured_system(
+            profile, settings.models, generation, hierarchy.vocab_size, hierarchy.eos
+        )
+        return system, f"measured in {profile.measuring_s:.1f} s{kept}"
+    system = emulated(settings, inputs, overheads_of(profile.parts))
+    return system, f"emulated models; what runs add measured in {profile.measuring_s:.1f} s{kept}"
+
+
+def emulated(settings: Settings, inputs: Inputs, overheads: Overheads | None = None) -> System:
+    """Of emulated models, for the prompts given. overheads: what runs add; only an assumed time
+    between processes without it, so that a simulation is the same on every machine."""
+    hierarchy, generation = inputs.hierarchy, settings.generation
+    submits = [
+        Submit(
+            number,
+            prompt.ids,
+            (),
+            generation.sampling,
+            min(generation.max_new_tokens, hierarchy.context_length + 1 - len(prompt.ids)),
+            (),
+            (),
+        )
+        for number, prompt in enumerate(inputs.prompts)
+    ]
+    return emulated_system(settings.models, submits, hierarchy.vocab_size, overheads)
 
 
 def _measured_profile(

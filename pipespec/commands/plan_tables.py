@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from pipespec.metrics import Summary
 from pipespec.planning.devices import Allocation, Answer
 from pipespec.planning.search import Plan, Ranking, Useless
-from pipespec.planning.system import Choice, System
+from pipespec.planning.system import Choice, Cost, System
 from pipespec.simulate.prediction import Prediction
 
 NOTHING = "-"
@@ -20,14 +20,22 @@ NOTHING = "-"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A choice that was run, its results in `path`. ideal, shared, real: predictions, by `Cost`."""
+    """A choice that was run, its results in `path`. target_step_s: mean forward of the target, but
+    for prompts. predictions: by all costs."""
 
     choice: Choice
     path: Path
     summary: Summary
-    ideal: Prediction
-    shared: Prediction
-    real: Prediction
+    target_step_s: float
+    predictions: Mapping[Cost, Prediction]
+
+    @property
+    def ideal(self) -> Prediction:
+        return self.predictions[Cost.IDEAL]
+
+    @property
+    def real(self) -> Prediction:
+        return self.predictions[Cost.REAL]
 
     @property
     def measured(self) -> float:
@@ -136,19 +144,24 @@ def trial_table(trials: Sequence[Trial]) -> Table:
 
 
 def loss_line(item: Trial) -> str:
-    """Where a run's time goes that the ideal does not take, in parts of the run's time; and how
-    often a draft had prepared for what the target drew instead."""
+    """Where a run's time goes that the ideal does not take, in parts of the run's time; whether the
+    machine was as fast as when it was measured; and how often a draft had prepared for what the
+    target drew instead."""
     measured_s = 1.0 / item.measured  # a token
-    ideal_s, shared_s, real_s = (
-        1.0 / prediction.tokens_per_s for prediction in (item.ideal, item.shared, item.real)
+    ideal_s, shared_s, slower_s, real_s = (
+        1.0 / item.predictions[cost].tokens_per_s for cost in Cost
     )
     parts = (
-        ("models beside each other", shared_s - ideal_s),
-        ("loops and messages", real_s - shared_s),
+        ("shared memory", shared_s - ideal_s),
+        ("forwards slower for other reasons", slower_s - shared_s),
+        ("loops and messages", real_s - slower_s),
         ("not foreseen", measured_s - real_s),
     )
     told = ", ".join(f"{name} {part / measured_s:.1%}" for name, part in parts)
-    line = f"time of {item.choice.strategy} beyond the ideal: {told}"
+    line = (
+        f"time of {item.choice.strategy} beyond the ideal: {told}; target's forwards "
+        f"{1e3 * item.target_step_s:.2f} ms (predicted {1e3 * item.real.target_step_s:.2f})"
+    )
     if item.choice.strategy == "async-chain" and item.choice.schedule.outcomes:
         hits = item.summary.outcome_hit_rate[-1]
         predicted = item.real.outcome_hit_rate

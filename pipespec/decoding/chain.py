@@ -137,7 +137,7 @@ class ChainSpeculativeDecoder:
             following = state.draw_on(draws)
         end_s = time.perf_counter()
         self._post(index, state.end_step(draws, start_s, end_s))
-        state.learn()
+        self._post(index, state.learn())
 
     def _deliver(self) -> list[Output]:
         """Passes messages on until none is left; returns what the target put out."""

@@ -1,7 +1,8 @@
 """Measures a hierarchy part by part into a `Profile`: times, texts, draws, what stages cost others.
 
-Models are measured in processes of their own, where their stages would run. What a profile holds
-already is not measured again, and it is handed out after each part, to be kept.
+Models are measured in processes of their own, where their stages would run; then the strategies
+run for a moment, which is all that is measured of emulated models: their tables say the rest. What
+a profile holds already is not measured again, and it is handed out after each part, to be kept.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any, Final
 from pipespec.config import GenerationParams, SamplingParams
 from pipespec.decoding import Hierarchy
 from pipespec.messages import Submit
-from pipespec.planning.measured import draws_of, plan_model, texts_of
+from pipespec.planning.measured import plan_models, texts_of
 from pipespec.planning.meter import LONGEST
 from pipespec.planning.meters import MeterProcess, Meters
-from pipespec.planning.overheads import measure_overheads
 from pipespec.planning.profile import Profile
+from pipespec.planning.running import Runs
 from pipespec.planning.search import MOST_OUTCOMES
-from pipespec.planning.trace import agreement, target_draws
+from pipespec.planning.system import is_emulated
 from pipespec.runners.base import Row, TailToken, TreeRow
 from pipespec.worker_spec import StageSpec
 
@@ -53,13 +54,25 @@ class Job:
     def part_names(self) -> list[str]:
         """All that a complete profile has, in the order in which it is measured."""
         count = len(self.hierarchy.models)
+        drafts = [
+            chosen for size in range(1, count) for chosen in combinations(range(count - 1), size)
+        ]
+        running = [
+            *("greedy", "in-chain", "hop"),
+            *("/".join(map(str, ("async", *chosen, count - 1))) for chosen in drafts),
+        ]
+        if is_emulated(self.hierarchy.models):
+            return running
+        return [*self._parts_of_models(), *running]
+
+    def _parts_of_models(self) -> list[str]:
+        count = len(self.hierarchy.models)
         return [
             *(f"model/{index}" for index in range(count)),
             *(f"chain/{index}" for index in range(count) if self.runs_elsewhere_in_chain(index)),
             *(f"text/{number}" for number in range(len(self.prompts))),
             *(f"draws/{index}" for index in range(count - 1)),
             *(f"beside/{one}/{other}" for one, other in combinations(range(count), 2)),
-            "overheads",
         ]
 
     def runs_elsewhere_in_chain(self, index: int) -> bool:
@@ -126,7 +139,10 @@ class _Measurement:
             "text": self._text,
             "draws": self._draws,
             "beside": self._beside,
-            "overheads": self._overheads,
+            "greedy": lambda: asdict(self._runs().greedy()),
+            "in-chain": lambda: [asdict(cost) for cost in self._runs().chain()],
+            "hop": lambda: self._runs().hop_s(),
+            "async": self._pipeline,
         }
         return parts[kind](*map(int, numbers))
 
@@ -248,23 +264,28 @@ class _Measurement:
             for slow, fast in zip(zip(*beside), zip(*alone))
         ]
 
-    def _overheads(self) -> dict[str, float]:
-        job, parts = self._job, self._parts
-        middle, models = job.contexts()[len(job.contexts()) // 2], job.hierarchy.models
-        target = target_draws(texts_of(parts))
-        self._meters.close()  # room for the models that run now
-        found = measure_overheads(
+    def _pipeline(self, *stages: int) -> dict[int, list[dict[str, float]]]:
+        """What async-chain of these models adds, without prepared outcomes and with most."""
+        runs = self._runs()
+        can_branch = any(runs.models[stage].num_tail_rows for stage in stages[:-1])
+        return {
+            outcomes: [asdict(cost) for cost in runs.pipeline(stages, outcomes)]
+            for outcomes in ((0, MOST_OUTCOMES) if can_branch else (0,))
+        }
+
+    def _runs(self) -> Runs:
+        """Short runs of the strategies, now that all models were measured alone."""
+        self._meters.close()  # room for the models that run
+        self._loaded = []
+        job = self._job
+        return Runs(
             job.hierarchy,
-            [
-                1e3 * plan_model(parts, index, model).times.forward_s(1, middle)
-                for index, model in enumerate(models)
-            ],
-            [agreement(draws_of(parts, index), target) for index in range(len(models) - 1)],
-            job.prompts[0],
-            transport=job.transport,
-            ready_timeout_s=job.ready_timeout_s,
+            plan_models(self._parts, job.hierarchy.models, job.hierarchy.vocab_size),
+            job.prompts,
+            job.generation,
+            job.transport,
+            job.ready_timeout_s,
         )
-        return asdict(found)
 
 
 def _table(

@@ -10,7 +10,14 @@ from pipespec.config import GenerationParams, ModelConfig
 from pipespec.emulation import TokenOracle
 from pipespec.messages import Submit
 from pipespec.planning.profile import Profile
-from pipespec.planning.system import Overheads, PlanModel, System
+from pipespec.planning.system import (
+    Overheads,
+    PlanModel,
+    StageCost,
+    System,
+    emulated_system,
+    is_emulated,
+)
 from pipespec.planning.times import MeasuredTimes, Points
 from pipespec.planning.trace import (
     Draws,
@@ -30,21 +37,47 @@ def measured_system(
     vocab_size: int,
     eos: tuple[int, ...],
 ) -> System:
-    """What a complete profile says of a hierarchy. vocab_size: ids that may be drawn. eos: the
-    target's end-of-text ids."""
+    """What a complete profile says of a hierarchy with weights. vocab_size: ids that may be drawn.
+    eos: the target's end-of-text ids."""
     parts, indexes = profile.parts, range(len(models))
     texts = texts_of(parts)
     draws: list[Draws] = [draws_of(parts, index) for index in indexes[:-1]]
     return System(
-        models=tuple(plan_model(parts, index, model) for index, model in enumerate(models)),
+        models=plan_models(parts, models, vocab_size),
         submits=tuple(
             Submit(number, text.prompt, (), generation.sampling, len(text.tokens), eos, ())
             for number, text in enumerate(texts)
         ),
         oracles=TraceOracles(texts, [*draws, target_draws(texts)], vocab_size),
-        overheads=Overheads(**parts["overheads"]),
+        overheads=overheads_of(parts),
         slow_downs=tuple(tuple(_slow_down(parts, i, j) for j in indexes) for i in indexes),
     )
+
+
+def overheads_of(parts: Mapping[str, Any]) -> Overheads:
+    """What was measured in runs."""
+    pipelines = {
+        tuple(map(int, name.split("/")[1:])): {
+            int(outcomes): [StageCost(**cost) for cost in costs] for outcomes, costs in part.items()
+        }
+        for name, part in parts.items()
+        if name.startswith("async/")
+    }
+    return Overheads(
+        StageCost(**parts["greedy"]),
+        tuple(StageCost(**cost) for cost in parts["in-chain"]),
+        pipelines,
+        parts["hop"],
+    )
+
+
+def plan_models(
+    parts: Mapping[str, Any], models: Sequence[ModelConfig], vocab_size: int
+) -> tuple[PlanModel, ...]:
+    """The models alone: as their tables say if all are emulated, else as measured."""
+    if is_emulated(models):
+        return emulated_system(models, (), vocab_size).models
+    return tuple(_plan_model(parts, index, model) for index, model in enumerate(models))
 
 
 def texts_of(parts: Mapping[str, Any]) -> list[Text]:
@@ -68,7 +101,7 @@ def times_of(part: Mapping[str, Any]) -> MeasuredTimes:
     return MeasuredTimes(decode, _points(part["prefill"]), branching)
 
 
-def plan_model(parts: Mapping[str, Any], index: int, model: ModelConfig) -> PlanModel:
+def _plan_model(parts: Mapping[str, Any], index: int, model: ModelConfig) -> PlanModel:
     """One model's part."""
     part = parts[f"model/{index}"]
     times, in_chain = times_of(part), parts.get(f"chain/{index}")

@@ -19,7 +19,7 @@ from pipespec.config import GenerationParams, ModelConfig, config_digest
 from pipespec.errors import DataError
 from pipespec.placement import Machine
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _NAMES: Final = {
     "models": "models config",
     "prompts": "prompts",

@@ -152,14 +152,12 @@ def sample(submits: Sequence[Submit], num_tokens: int) -> tuple[Submit, ...]:
 
 @dataclass(slots=True)
 class _Look:
-    """A short look at many choices. busy: of the stages of the set that is looked at, as the choice
-    before it had them; like choices have about the same."""
+    """A short look at many choices."""
 
     system: System
     submits: tuple[Submit, ...]
     on_simulated: OnSimulated
     num_simulated: int = 0
-    busy: tuple[float, ...] = ()
 
     def best_chains(self, stages: tuple[int, ...]) -> list[Choice]:
         tried = self._lookaheads(Choice(stages, "chain"), CHAIN_LOOKAHEADS)
@@ -167,7 +165,6 @@ class _Look:
 
     def best_async_chains(self, stages: tuple[int, ...]) -> list[Choice]:
         """One kind of flag after the other, from what was best so far."""
-        self.busy = ()
         default = Choice(stages, "async-chain", Schedule(outcomes=0))
         tried = self._lookaheads(default, ASYNC_LOOKAHEADS)
         tried += self._simulate([replace(default, schedule=Schedule("pipespec", 0))])
@@ -194,9 +191,7 @@ class _Look:
     def _simulate(self, choices: Iterable[Choice]) -> list[Plan]:
         plans = []
         for choice in choices:
-            prediction = self.system.predict(choice, self.submits, busy_guess=self.busy)
-            self.busy = prediction.busy_shares
-            plans.append(Plan(choice, prediction))
+            plans.append(Plan(choice, self.system.predict(choice, self.submits)))
             self.num_simulated += 1
             self.on_simulated(choice)
         return plans

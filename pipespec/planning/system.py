@@ -1,14 +1,15 @@
 """Everything that a simulation of any part of a hierarchy needs, and the simulations themselves.
 
-A `System` is made from emulated models (`emulated_system`) or a profile (`measured_system`). Three
-ideas of cost: *ideal*, where a forward takes what it takes alone and nothing happens in between;
-*shared*, where models that run at the same time slow each other down; *real*, with what loops and
-messages add as well.
+A `System` is made from emulated models (`emulated_system`) or a profile (`measured_system`). Four
+ideas of cost, each with what the one before it counts: *ideal*, where a forward takes what it takes
+alone and nothing happens in between; *shared*, where models that compute at the same time slow each
+other down; *slower*, with forwards as they were measured in a run, which has other reasons too;
+*real*, with what loops and messages add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Final
@@ -16,7 +17,7 @@ from typing import Final
 from pipespec.config import ModelConfig, Schedule
 from pipespec.emulation import TokenOracle
 from pipespec.messages import Submit
-from pipespec.planning.times import EmulatedTimes, Times
+from pipespec.planning.times import EmulatedTimes, Times, interpolate
 from pipespec.simulate.prediction import (
     LATENCY_S,
     Prediction,
@@ -35,30 +36,51 @@ class Cost(Enum):
 
     IDEAL = "ideal"
     SHARED = "shared"
+    SLOWER = "slower"
     REAL = "real"
 
 
 @dataclass(frozen=True, slots=True)
+class StageCost:
+    """What a run adds at one stage. slow_down: how many times as long forwards are as alone.
+    loop_s: seconds from the end of a step to the start of the next, without waits."""
+
+    slow_down: float = 1.0
+    loop_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Overheads:
-    """What a run adds to its forwards, in seconds: for each forward of greedy, of chain and of a
-    stage of async-chain. send_s: more for a first draft that sends every token by itself. token_s:
-    more for each drafted token that a stage finds when its forward ends. latency_s: from one
-    process to another. The defaults are the figures of a two-core Xeon, rounded: of no weight
-    beside steps of many milliseconds."""
+    """What runs add to forwards alone. chain: at each model. pipelines: of async-chain, at each of
+    the models with these indexes, ascending, by `Schedule.outcomes`; between those that are there
+    it is as much as the number of outcomes is. hop_s: from the end of a forward to the start of the
+    one that it causes in the next process. What is not there costs nothing."""
 
-    greedy_s: float = 2e-5
-    chain_s: float = 6e-5
-    async_s: float = 6e-5
-    send_s: float = 3e-5
-    token_s: float = 3e-5
-    latency_s: float = LATENCY_S
+    greedy: StageCost = StageCost()
+    chain: tuple[StageCost, ...] = ()
+    pipelines: Mapping[tuple[int, ...], Mapping[int, Sequence[StageCost]]] = field(
+        default_factory=dict
+    )
+    hop_s: float = LATENCY_S
 
-    def between_s(self, choice: Choice, place: int) -> float:
-        """For each forward of the model at a place among the stages."""
-        if choice.strategy == "async-chain":
-            is_chatty = place == 0 and choice.schedule.policy == "pipespec"
-            return self.async_s + self.send_s * is_chatty
-        return self.chain_s if choice.strategy == "chain" else self.greedy_s
+    def at(self, choice: Choice, stage: int) -> StageCost:
+        """For a choice, at one of the models."""
+        if choice.strategy == "greedy":
+            return self.greedy
+        if choice.strategy == "chain":
+            return self.chain[stage] if self.chain else StageCost()
+        stages = tuple(sorted(choice.stages))
+        points = [
+            (outcomes, costs[stages.index(stage)])
+            for outcomes, costs in sorted(self.pipelines.get(stages, {}).items())
+        ]
+        if not points:
+            return StageCost()
+        outcomes = choice.schedule.outcomes
+        return StageCost(
+            interpolate([(at, cost.slow_down) for at, cost in points], outcomes),
+            interpolate([(at, cost.loop_s) for at, cost in points], outcomes),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +120,8 @@ class System:
     """A hierarchy as simulations know it.
 
     oracles: of the models with these indexes, in their order. submits: what is to be written.
-    slow_downs[i][j]: how many times as long a forward of model i takes while model j computes.
+    slow_downs[i][j]: how many times as long a forward of model i takes while model j computes;
+    `Cost.SHARED` alone uses it.
     """
 
     models: tuple[PlanModel, ...]
@@ -126,22 +149,28 @@ class System:
         choice: Choice,
         submits: Sequence[Submit] | None = None,
         cost: Cost = Cost.REAL,
-        *,
-        busy_guess: Sequence[float] = (),
     ) -> Prediction:
-        """What the choice would do with `submits` (all of them by default).
-
-        busy_guess: how busy its stages are about, as a like choice's `busy_shares` say; without it
-        more than one simulation may be needed where stages slow each other down.
-        """
+        """What the choice would do with `submits` (all of them by default)."""
         wanted = self.submits if submits is None else submits
-        factors = [1.0] * len(choice.stages)
-        if choice.strategy != "async-chain" or cost is Cost.IDEAL or not self.slow_downs:
-            return self._simulate(choice, wanted, cost, factors)
-        busy = busy_guess or [1.0] * len(choice.stages)
-        for _ in range(1 if busy_guess else _PASSES):
+        if cost is Cost.SHARED and choice.strategy == "async-chain" and self.slow_downs:
+            return self._predict_shared(choice, wanted)
+        counts_forwards = cost in (Cost.SLOWER, Cost.REAL)
+        costs = [self.overheads.at(choice, stage) for stage in choice.stages]
+        return self._simulate(
+            choice,
+            wanted,
+            [item.slow_down if counts_forwards else 1.0 for item in costs],
+            [item.loop_s if cost is Cost.REAL else 0.0 for item in costs],
+            self.overheads.hop_s if cost is Cost.REAL else 0.0,
+        )
+
+    def _predict_shared(self, choice: Choice, submits: Sequence[Submit]) -> Prediction:
+        """How busy stages are decides how much they slow each other down, and that how busy they
+        are."""
+        busy: Sequence[float] = [1.0] * len(choice.stages)
+        for _ in range(_PASSES):
             factors = [self._factor(choice, place, busy) for place in range(len(busy))]
-            prediction = self._simulate(choice, wanted, cost, factors)
+            prediction = self._simulate(choice, submits, factors)
             busy = prediction.busy_shares
         return prediction
 
@@ -152,14 +181,18 @@ class System:
         return 1.0 + sum((self.slow_downs[own][stage] - 1.0) * share for stage, share in others)
 
     def _simulate(
-        self, choice: Choice, submits: Sequence[Submit], cost: Cost, factors: Sequence[float]
+        self,
+        choice: Choice,
+        submits: Sequence[Submit],
+        factors: Sequence[float],
+        loops_s: Sequence[float] | None = None,
+        hop_s: float = 0.0,
     ) -> Prediction:
-        is_real = cost is Cost.REAL
         models = [
             SimModel(
                 forward_s=self._forward_s(choice, place, factors[place]),
                 oracle=oracle,
-                between_s=self.overheads.between_s(choice, place) if is_real else 0.0,
+                between_s=loops_s[place] if loops_s else 0.0,
                 context_length=self.models[stage].context_length,
                 num_tail_rows=self.models[stage].num_tail_rows,
             )
@@ -172,8 +205,7 @@ class System:
             choice.strategy,
             choice.schedule,
             submits,
-            latency_s=self.overheads.latency_s if is_real else 0.0,
-            token_s=self.overheads.token_s if is_real else 0.0,
+            latency_s=hop_s,
             num_warm_up_tokens=WARM_UP_TOKENS,
         )
 
@@ -182,7 +214,7 @@ class System:
         length of the text; all are `factor` times as long as alone."""
         model, schedule = self.models[choice.stages[place]], choice.schedule
         if choice.strategy == "chain":
-            return lambda count, context: model.chain_times.forward_s(count, context)
+            return lambda count, context: factor * model.chain_times.forward_s(count, context)
         is_last = place == len(choice.stages) - 1
         branches = schedule.tree if is_last else schedule.outcomes
         prepares = branches > 0 and choice.strategy == "async-chain"
@@ -192,9 +224,12 @@ class System:
 
 
 def emulated_system(
-    models: Sequence[ModelConfig], submits: Sequence[Submit], vocab_size: int
+    models: Sequence[ModelConfig],
+    submits: Sequence[Submit],
+    vocab_size: int,
+    overheads: Overheads | None = None,
 ) -> System:
-    """Of emulated models, whose tables are all that is needed: nothing is measured.
+    """Of emulated models, whose tables say all but what runs add.
 
     vocab_size: of their tokenizer.
 
@@ -215,7 +250,13 @@ def emulated_system(
         models=tuple(found),
         submits=tuple(_until_end(submit, eos_after) for submit in submits),
         oracles=lambda stages: [oracles[stage] for stage in stages],
+        overheads=overheads or Overheads(),
     )
+
+
+def is_emulated(models: Sequence[ModelConfig]) -> bool:
+    """Whether none has weights."""
+    return all(model.emulated is not None for model in models)
 
 
 @dataclass(frozen=True, slots=True)

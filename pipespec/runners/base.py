@@ -68,9 +68,9 @@ class BurstRow:
     """A tree, and forwards that follow it, each over what the one before ranked first: after the
     last own token of the row, which has one draw at most, and after each of the tail.
 
-    rounds: in how many of them each of the tail goes on, in descending order, each time in the
-    cache row `len(tree.tail)` after its last. num_more: the most of them. descriptors: of files;
-    once one of these can be read no further forward begins.
+    rounds: in how many of them each of the tail goes on, in descending order, in cache rows that
+    follow those of the forward before. num_more: the most of them. descriptors: of files; once one
+    of these can be read no further forward begins.
     """
 
     tree: TreeRow

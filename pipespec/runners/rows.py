@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Final
 
 from pipespec.errors import PipeSpecError
-from pipespec.runners.base import Row, RunnerInfo, TreeRow
+from pipespec.runners.base import BurstRow, Row, RunnerInfo, TreeRow
 
 CHUNK: Final = 512  # tokens of a prompt in one forward, cut at multiples of it
 SMALLEST_BUCKET: Final = 256
@@ -38,12 +38,32 @@ def check_tree(tree: TreeRow, info: RunnerInfo, num_embeddings: int) -> None:
         _check_ids([item.token for item in tree.tail], end, info, num_embeddings)
 
 
-def _check_ids(ids: Sequence[int], end: int, info: RunnerInfo, num_embeddings: int) -> None:
+def check_burst(burst: BurstRow, info: RunnerInfo, num_embeddings: int) -> None:
+    """`check_tree`, and that every forward which may follow has positions and cache rows."""
+    check_tree(burst.tree, info, num_embeddings)
+    row, tail, rounds = burst.tree.row, burst.tree.tail, burst.rounds
+    assert row.num_draws <= 1 and len(rounds) == len(tail)
+    assert all(burst.num_more >= a >= b >= 0 for a, b in pairwise([*rounds, 0]))
+    ends = [item.position + 1 + count for item, count in zip(tail, rounds)]
+    if row.ids:
+        ends.append(row.start + len(row.ids) + burst.num_more)
+    _check_end(max(ends), info)
+    if tail:
+        first = tail[0].row
+        assert not row.ids or first >= row.start + len(row.ids) + burst.num_more
+        assert tail[-1].row + sum(rounds) < info.context_length + info.num_tail_rows
+
+
+def _check_end(end: int, info: RunnerInfo) -> None:
     if end > info.context_length:
         raise PipeSpecError(
             f"{info.name}: position {end - 1} is beyond the context of {info.context_length} "
             "tokens; shorten the prompt or --max-new-tokens"
         )
+
+
+def _check_ids(ids: Sequence[int], end: int, info: RunnerInfo, num_embeddings: int) -> None:
+    _check_end(end, info)
     for unknown in (min(ids), max(ids)):
         if not 0 <= unknown < num_embeddings:
             raise PipeSpecError(

@@ -49,6 +49,16 @@ def check_next(
     check(list(following.ids) == own, "a step goes on from its own draw")
     check(following.start == step.end, "a step goes on where it was")
     check(following.end <= request.acked + request.role.run_ahead, "a step stays within the room")
+    check(following.end < request.limit, "nothing is fed that nobody wants to go on from")
+    check(following.num_more == step.num_more - 1, "a step ends")
+    count = len(following.tail)
+    drawn = [ranked[0] for ranked in draws[step.num_draws :]]
+    fed = [(feed.token, feed.parent_row, feed.position) for feed in following.tail]
+    expected = [(token, x.row, x.position + 1) for token, x in zip(drawn, step.tail)]
+    check(fed == expected[:count], "branches go on from their own draws")
+    first_row = step.tail[-1].row + 1 if step.tail else 0
+    rows = [feed.row for feed in following.tail]
+    check(rows == list(range(first_row, first_row + count)), "a runner knows the next rows")
 
 
 def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> None:
@@ -64,6 +74,7 @@ def check_feed(request: RequestState, step: Step, index: int, cache: Cache) -> N
         reach = request.acked + request.role.run_ahead
         check(feed.row > reach, "a branch keeps clear of own rows")
         check(feed.row > feed.position, "a branch is copied forwards")
+        check(feed.position < request.limit - 1, "nothing is fed that nobody wants to go on from")
     check(feed.row > feed.parent_row, "a row comes after those that it sees")
     check(cache.hash_of(feed.parent_row) == prefix, "a branch is fed on the prefix it follows")
 
@@ -82,18 +93,30 @@ def check_draws(request: RequestState, num_before: int, oracle: TokenOracle) -> 
         check(request.seq[position] == expected, "draws are used only on their own context")
 
 
+def check_draft(request: RequestState, draft: Draft) -> None:
+    """Before a Draft is sent: each token stands where its drafter drew it."""
+    texts = [request.seq]
+    for branch in request.outcomes.branches.values():
+        texts.append(request.seq[: branch.position] + branch.tokens)
+    held = {tuple(text[:n]) for text in texts for n in range(draft.start + 1, len(text) + 1)}
+    check(held.issuperset(_paths(draft, request.seq)), "a draft says what was drawn")
+
+
+def _paths(draft: Draft, drafter: Sequence[int]) -> list[Path]:
+    """The whole text up to each of the tokens, given the sequence of the drafter."""
+    ends: list[Path] = []
+    for index, token in enumerate(draft.tokens):
+        parent = index - 1 if index < draft.num_own else draft.parents[index - draft.num_own]
+        ends.append((*(ends[parent] if parent >= 0 else drafter[: draft.start]), token))
+    return ends
+
+
 def check_candidates(
     request: RequestState, before: Collection[Path], draft: Draft, ghost: Sequence[int]
 ) -> None:
     """After a Draft. before: the paths of the candidates until then. ghost: the whole sequence of
     the drafter, which no real Draft carries."""
-    prefix, drafted = tuple(ghost[: draft.start]), set[Path]()
-    ends: list[Path] = []
-    for index, token in enumerate(draft.tokens):
-        parent = index - 1 if index < draft.num_own else draft.parents[index - draft.num_own]
-        ends.append((*(ends[parent] if parent >= 0 else prefix), token))
-        drafted.add(ends[-1])
-    own = tuple(request.seq)
+    drafted, own = set(_paths(draft, ghost)), tuple(request.seq)
     for path in request.cands.paths():
         if path not in before:
             check(own + path in drafted, "a candidate was drafted on the prefix it follows")
@@ -107,12 +130,24 @@ def check_caps(request: RequestState, *, reliable: bool) -> None:
     if not role.is_last:
         check(request.sent <= request.acked + role.run_ahead, "sent drafts stay within run-ahead")
         check(request.sent <= len(request.seq), "only own tokens are sent")
+    check_rows(request)
     if reliable:
         if not role.max_branch_tokens:  # a branch may take the place of a main path not held yet
             in_cap = len(request.cands.main) <= role.max_candidates
             check(in_cap, "the main path stays within its cap")
         check(request.counts.num_overflows == 0, "nobody sends more than the next stage takes")
         check(request.counts.num_dropped_verdicts == 0, "no verdict is out of order")
+
+
+def check_rows(request: RequestState) -> None:
+    """Who holds which cache row beyond the own text."""
+    rows = [row for branch in request.outcomes.branches.values() for row in branch.rows]
+    if request.step is not None:
+        rows += request.burst.reserved
+        rows += [feed.row for feed, _ in zip(request.step.tail, request.step.twigs)]
+    check(len(rows) == len(set(rows)), "no two hold the same row")
+    num_used = request.rows.count - request.rows.num_free
+    check(len(rows) == num_used, "a row that nobody holds is free")
 
 
 def check_hashes(request: RequestState) -> None:

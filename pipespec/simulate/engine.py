@@ -28,7 +28,7 @@ from pipespec.messages import (
 )  # fmt: skip
 from pipespec.simulate import checks
 from pipespec.simulate.cache import Cache
-from pipespec.simulate.setup import Faults, Report, SimStage
+from pipespec.simulate.setup import Delivery, Faults, Report, SimStage
 from pipespec.state.journal import Journal
 from pipespec.state.outcomes import Ranked
 from pipespec.state.request import RequestState
@@ -41,17 +41,6 @@ STALL_S = 10.0
 SAME_MOMENT_S = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    """A frame on its way. ghost: the whole sequence of a Draft's sender, for the checks. cause: of
-    a Verdict, what made its sender send it ("rollback", "bonus" or "")."""
-
-    link: Link
-    frame: Frame
-    ghost: tuple[int, ...] = ()
-    cause: str = ""
-
-
 @dataclass(slots=True)
 class _Process:
     """One incarnation of a stage."""
@@ -59,11 +48,12 @@ class _Process:
     state: StageState
     oracle: TokenOracle
     is_up: bool = True
+    is_busy: bool = False  # with what its loop does beside forwards
     step: Step | None = None
     draws: list[Ranked] = field(default_factory=list)
     step_start_s: float = 0.0
     step_end_s: float = 0.0
-    inbox: list[_Delivery] = field(default_factory=list)
+    inbox: list[Delivery] = field(default_factory=list)
     is_disturbed: bool = False  # something arrived during the step
     caches: dict[int, Cache] = field(default_factory=dict)
 
@@ -170,9 +160,11 @@ class Simulation:
             arrives_on = Link.UP if link is Link.DOWN else Link.DOWN
             ghost: tuple[int, ...] = ()
             if self._verify and isinstance(frame.message, Draft):
-                ghost = tuple(self._processes[index].state.requests[frame.message.request].seq)
+                request = self._processes[index].state.requests[frame.message.request]
+                checks.check_draft(request, frame.message)
+                ghost = tuple(request.seq)
             for _ in range(self._num_copies()):
-                self._deliver(index, target, _Delivery(arrives_on, frame, ghost, cause))
+                self._deliver(index, target, Delivery(arrives_on, frame, ghost, cause))
 
     def _num_copies(self) -> int:
         u = self._rng.random() if self._faults.any else 1.0
@@ -180,7 +172,7 @@ class Simulation:
             return 0
         return 2 if u < self._faults.loss + self._faults.duplication else 1
 
-    def _deliver(self, source: int, target: int, item: _Delivery) -> None:
+    def _deliver(self, source: int, target: int, item: Delivery) -> None:
         reordered = self._faults.reordering and self._rng.random() < self._faults.reordering
         channel = (source, target, item.frame.incarnation)
         when_s = self._now_s + self._random_s(self._latency_s)
@@ -196,14 +188,14 @@ class Simulation:
         self._last_arrival_s[channel] = when_s
         return when_s
 
-    def _arrive(self, index: int, item: _Delivery) -> None:
+    def _arrive(self, index: int, item: Delivery) -> None:
         process = self._processes[index]
         if not process.is_up:
             self.report.counts["lost at a dead stage"] += 1
             return
         process.inbox.append(item)
         process.is_disturbed = True
-        if process.step is None or self._apply_mid_step:
+        if (process.step is None and not process.is_busy) or self._apply_mid_step:
             self._drain(index)
         self._act(index)
 
@@ -223,7 +215,7 @@ class Simulation:
         for item in inbox:
             self._receive(index, item)
 
-    def _receive(self, index: int, item: _Delivery) -> None:
+    def _receive(self, index: int, item: Delivery) -> None:
         state, message = self._processes[index].state, item.frame.message
         request = state.requests.get(getattr(message, "request", -1))
         if not self._verify or request is None:
@@ -234,6 +226,8 @@ class Simulation:
         frames = state.receive(item.link, item.frame, self._now_s)
         if isinstance(message, Draft):
             checks.check_candidates(request, paths, message, item.ghost)
+        if isinstance(message, Finish):
+            checks.check_hashes(request)
         checks.check_caps(request, reliable=not self._faults.any)
         cause = "rollback" if request.counts.num_rollbacks > num_rollbacks else ""
         if isinstance(message, Verdict):
@@ -259,13 +253,16 @@ class Simulation:
 
     def _act_in_turn(self) -> None:
         for index in reversed(range(len(self._processes))):
-            if any(process.step is not None for process in self._processes):
+            if any(process.step is not None or process.is_busy for process in self._processes):
                 return
+            if index == 0 < len(self._processes) - 1:  # no more than the next stage waits for
+                num_missing = self._processes[1].state.num_missing(self._now_s)
+                self._processes[0].state.role.batch = max(1, num_missing)
             self._step(index)
 
     def _step(self, index: int) -> None:
         process = self._processes[index]
-        if process.step is not None or not process.is_up:
+        if process.step is not None or process.is_busy or not process.is_up:
             return
         decision = process.state.decide(self._now_s)
         if decision.step is None:
@@ -290,19 +287,11 @@ class Simulation:
         self._at(step_s, lambda: self._end_forward(index, process))
 
     def _end_forward(self, index: int, process: _Process) -> None:
-        """The step goes on, or it is over and the loop takes its time for itself, and for drafts
-        that arrived during the forward; prepared branches, which repeat what is known, cost it
-        little."""
+        """The step goes on, or it is over."""
         if self._processes[index] is not process or not process.is_up:
             return
         if self._draws_on(process):
             self._forward(index, process)
-            return
-        stage, messages = self.stages[index], [item.frame.message for item in process.inbox]
-        num_tokens = sum(each.num_own for each in messages if isinstance(each, Draft))
-        busy_s = stage.between_s + stage.token_s * num_tokens
-        if busy_s:
-            self._at(busy_s, lambda: self._finish_step(index, process))
         else:
             self._finish_step(index, process)
 
@@ -349,8 +338,20 @@ class Simulation:
             cause = "bonus" if is_bonus else ""
         self._transmit(index, frames, cause)
         self._drain(index)
-        process.state.learn()
-        self._act(index)
+        self._transmit(index, process.state.learn())
+        between_s = self.stages[index].between_s
+        if between_s:
+            process.is_busy = True
+            self._at(between_s, partial(self._end_loop, index, process))
+        else:
+            self._act(index)
+
+    def _end_loop(self, index: int, process: _Process) -> None:
+        """What followed from a forward was said when it ended; only now is the stage free."""
+        process.is_busy = False
+        if self._processes[index] is process and process.is_up:
+            self._drain(index)
+            self._act(index)
 
     # -- launcher, faults -------------------------------------------------------------------
 
@@ -385,7 +386,7 @@ class Simulation:
         frame = Frame(LAUNCHER, 1, self._incarnations[last], 0, message)
         when_s = self._now_s + self._random_s(self._latency_s)
         when_s = self._in_order_s((LAUNCHER, last, self._incarnations[last]), when_s)
-        self._at_time(when_s, lambda: self._arrive(last, _Delivery(Link.LAUNCHER, frame)))
+        self._at_time(when_s, lambda: self._arrive(last, Delivery(Link.LAUNCHER, frame)))
 
     def _crash(self, index: int) -> None:
         process = self._processes[index]

@@ -52,7 +52,7 @@ class SimModel:
     """A model as a simulation knows it.
 
     forward_s: seconds of a forward over so many tokens in a text of so many. between_s: that its
-    loop spends outside of each forward. context_length, num_tail_rows: as of its runner.
+    loop spends after each step. context_length, num_tail_rows: as of its runner.
     """
 
     forward_s: Callable[[int, int], float]
@@ -96,6 +96,12 @@ class Prediction:
         target = self.stages[-1]
         num_verifications = sum(text.num_verifications for text in target)
         return block_efficiency(sum(text.num_emitted for text in target), num_verifications)
+
+    @property
+    def target_step_s(self) -> float:
+        """Mean forward of the target, but for prompts; 0 if there was none."""
+        times_s = [seconds for text in self.stages[-1] for seconds in text.step_times_s]
+        return sum(times_s) / max(1, len(times_s))
 
     @property
     def busy_shares(self) -> tuple[float, ...]:
@@ -164,21 +170,20 @@ def predict_texts(
     submits: Sequence[Submit],
     *,
     latency_s: float = LATENCY_S,
-    token_s: float = 0.0,
     num_warm_up_tokens: int = 0,
 ) -> Prediction:
     """Simulates `strategy` with `models`, smallest draft first, target last. Deterministic.
 
     Texts are written one after the other by stages that stay, as in a run: what their policies have
     learnt they keep. num_warm_up_tokens: of the first text, written before the clock counts.
-    latency_s: between processes; token_s: for each drafted token that a loop finds after a forward;
-    `greedy` and `chain` have one process and pay neither.
+    latency_s: from the end of a forward to the start of one that it causes in another process;
+    `greedy` and `chain` have one process and do not pay it.
     """
     used = models[-1:] if strategy == "greedy" else models
     is_chain = strategy == "chain"
     if is_chain or len(used) == 1:
-        latency_s = token_s = 0.0
-    pipeline = _Pipeline(used, schedule, latency_s, token_s, is_chain)
+        latency_s = 0.0
+    pipeline = _Pipeline(used, schedule, latency_s, is_chain)
     if num_warm_up_tokens:
         pipeline.write(submits[0], min(num_warm_up_tokens, submits[0].max_new_tokens))
     texts = [pipeline.write(submit, submit.max_new_tokens) for submit in submits]
@@ -206,19 +211,19 @@ class _Pipeline:
         models: Sequence[SimModel],
         schedule: Schedule,
         latency_s: float,
-        token_s: float,
         is_chain: bool,
     ) -> None:
         self._models = models
         self._latency_s = latency_s
-        self._token_s = token_s
         self._is_chain = is_chain
         count = len(models)
         self._roles = [
             _role(index, count, model, schedule, is_chain) for index, model in enumerate(models)
         ]
         self._policies = [
-            make_policy(schedule, is_first=index == 0, overlaps=not is_chain)
+            make_policy(
+                schedule, is_first=index == 0, is_last=index == count - 1, overlaps=not is_chain
+            )
             for index in range(count)
         ]
         self._now_s = 0.0
@@ -256,7 +261,6 @@ class _Pipeline:
             step_s=lambda num_tokens: model.forward_s(num_tokens, context),
             oracle=model.oracle,
             between_s=model.between_s,
-            token_s=self._token_s,
         )
 
 

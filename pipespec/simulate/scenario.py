@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipespec.config import SamplingParams
 from pipespec.emulation import Oracle
 from pipespec.messages import Submit
-from pipespec.policy import AdaptiveWait, FixedWait, Policy
+from pipespec.policy import AdaptiveWait, FixedWait, Policy, Situation, StepResult
 from pipespec.simulate.engine import Simulation
 from pipespec.simulate.setup import Faults, Report, SimStage
 from pipespec.state.outcomes import Budget
@@ -40,6 +40,7 @@ class Scenario:
     outcomes: tuple[Budget, ...]
     twigs: tuple[int, ...]
     least_ahead: int
+    alone_every: int
     max_new_tokens: tuple[int, ...]
     eos: int | None
 
@@ -68,6 +69,7 @@ class Scenario:
             outcomes=tuple(_budget(rng) for _ in range(num_stages - 1)),
             twigs=(0, *(rng.choice([0, rng.randint(1, 6)]) for _ in range(num_stages - 1))),
             least_ahead=rng.choice([1 << 30, rng.randint(1, 4)]),
+            alone_every=rng.choice([0, 0, 0, rng.randint(1, 5)]),
         )
 
     def submits(self) -> list[Submit]:
@@ -99,7 +101,11 @@ class Scenario:
         def policy() -> Policy:
             if self.adaptive and index:
                 return AdaptiveWait(above, overlaps=timed, patience_s=20.0)
-            return FixedWait(self.wait[index], 20.0 if timed else None, self.batch)
+            patience_s = 20.0 if timed else None
+            is_moody = self.alone_every and index == num_stages - 1
+            if is_moody:
+                return _MoodyWait(self.wait[index], patience_s, self.alone_every)
+            return FixedWait(self.wait[index], patience_s, self.batch)
 
         return SimStage(
             role=lambda: Role(
@@ -118,6 +124,21 @@ class Scenario:
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),
             oracle=Oracle(self.agreement[index], VOCAB_SIZE, self.seed),
         )
+
+
+class _MoodyWait(FixedWait):
+    """A target that is alone for so many steps, then together with its drafts for as many."""
+
+    def __init__(self, num_candidates: int, patience_s: float | None, num_steps: int) -> None:
+        super().__init__(num_candidates, patience_s)
+        self._num_steps, self._count = num_steps, 0
+
+    def wait(self, situation: Situation) -> tuple[int, float | None]:
+        return (0, None) if self.is_alone else super().wait(situation)
+
+    def on_step(self, result: StepResult) -> None:
+        self._count += 1
+        self.is_alone = self._count // self._num_steps % 2 == 1
 
 
 def _budget(rng: random.Random) -> Budget:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipespec.emulation import TokenOracle
+from pipespec.messages import Frame, Link
 from pipespec.policy import Policy
 from pipespec.state.step import Role
 
@@ -16,15 +17,13 @@ from pipespec.state.step import Role
 class SimStage:
     """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws.
 
-    between_s: what its loop spends outside of each forward, and token_s more for each drafted token
-    that arrived meanwhile; the stage is not free then."""
+    between_s: what its loop spends after each step before it can start the next one."""
 
     role: Callable[[], Role]
     policy: Callable[[], Policy]
     step_s: Callable[[int], float]
     oracle: TokenOracle
     between_s: float = 0.0
-    token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,17 @@ class Faults:
     @property
     def any(self) -> bool:
         return self != Faults()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A frame on its way. ghost: the whole sequence of a Draft's sender, for the checks. cause: of
+    a Verdict, what made its sender send it ("rollback", "bonus" or "")."""
+
+    link: Link
+    frame: Frame
+    ghost: tuple[int, ...] = ()
+    cause: str = ""
 
 
 @dataclass(slots=True)

@@ -73,7 +73,7 @@ def place_feeds(
         count * (1 + num_more), max([begin, *seen]), begin + 2 * request.rows.count
     )
     rows, reserved = block[:count], set(block[count:])
-    # Rounds are whole: a row's next one is as far away as there are branches.
+    # Rounds are whole, though fewer branches may be left in later ones.
     num_rounds = len(reserved) // count if count else 0
     branches = sorted(branches, key=request.outcomes.num_left, reverse=True)
     length = len(request.seq)

@@ -15,15 +15,16 @@ from pipespec.state.step import Step
 class Burst:
     """The forwards of a step that are done already, while another one is in flight.
 
-    reserved: cache rows for those that may follow.
+    reserved: cache rows for those that may follow. is_cut: none may.
     """
 
-    __slots__ = ("_drawn", "reserved", "steps")
+    __slots__ = ("_drawn", "is_cut", "reserved", "steps")
 
     def __init__(self, reserved: set[int]) -> None:
         self.steps: list[Step] = []
         self._drawn: list[Ranked] = []  # for the own sequence
         self.reserved = reserved
+        self.is_cut = False
 
     def go_on(self, step: Step, draws: Sequence[Ranked], outcomes: Outcomes) -> Step | None:
         """`step` drew this: the forward that follows it; None if there is none. Branches grow."""
@@ -33,10 +34,9 @@ class Burst:
         outcomes.grow(step.branches, draws[step.num_draws :])
         self.steps.append(step)
         self._drawn += draws[: step.num_draws]
-        branches, offset = step.branches[: len(rounds)], len(self.steps[0].tail)
-        tail = tuple(
-            outcomes.feed(branch, feed.row + offset) for branch, feed in zip(branches, step.tail)
-        )
+        branches = step.branches[: len(rounds)]
+        first_row = step.tail[-1].row + 1 if branches else 0
+        tail = tuple(outcomes.feed(branch, row) for row, branch in enumerate(branches, first_row))
         self.reserved.difference_update(feed.row for feed in tail)
         return Step(
             step.request,

@@ -19,11 +19,12 @@ place of its shared counters.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 
 from pipespec.hashing import ROOT, extend
-from pipespec.messages import Draft, Link, Message, Output, Submit, Verdict
+from pipespec.messages import Draft, Link, Message, Submit, Verdict
 from pipespec.state.beside import make_draft, num_to_follow, place_feeds
 from pipespec.state.burst import Burst
 from pipespec.state.candidates import Candidates, Node, Twig
@@ -31,6 +32,7 @@ from pipespec.state.counts import Counts
 from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
 from pipespec.state.step import Role, Step, common_length
 from pipespec.state.tail import TailRows
+from pipespec.state.tell import tell, tell_all
 from pipespec.state.verification import verify
 
 MAX_ALTERNATIVES = 8  # of a candidate; more are not verified beside it
@@ -45,9 +47,9 @@ class RequestState:
     __slots__ = (
         "acked", "adopted", "ahead", "burst", "candidate_stats", "cands", "check_finish",
         "context_is_short", "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact",
-        "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_verdicts_sent",
-        "outcomes", "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit",
-        "verdict_seen", "waiting_until",
+        "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_output",
+        "num_told", "num_verdicts_sent", "outcomes", "output_at_s", "prompt_len", "request", "role",
+        "rows", "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
@@ -73,8 +75,9 @@ class RequestState:
             if role.is_last:
                 self.finish_reason = check_finish(token)
         self.sent = self.acked = len(self.seq)
-        self.num_verdicts_sent = 0
-        self.verdict_seen = 0
+        self.num_verdicts_sent = self.verdict_seen = 0
+        self.num_told = self.num_output = len(self.seq)  # so much the others know
+        self.output_at_s = -math.inf
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
         self.step: Step | None = None  # the forward in flight
         self.burst = Burst(set())
@@ -111,11 +114,6 @@ class RequestState:
         if self.role.is_last:
             return bool(self.finish_reason)
         return len(self.seq) > self.prompt_len and self.seq[-1] in self.eos
-
-    @property
-    def is_untouched(self) -> bool:
-        """No verdict has changed own tokens since the step in flight began."""
-        return self.intact == len(self.seq) and self.adopted is None
 
     @property
     def can_step(self) -> bool:
@@ -166,6 +164,7 @@ class RequestState:
             self.counts.num_dropped_verdicts += 1
             return []
         self.verdict_seen = verdict.number
+        self.burst.is_cut = True
         start, tokens = verdict.start, verdict.tokens
         end = start + len(tokens)
         same = common_length(self.seq, start, tokens)
@@ -233,9 +232,9 @@ class RequestState:
 
     def draw_on(self, draws: Sequence[Ranked]) -> Step | None:
         """The forward in flight drew this, as for `end_step`: the next one of the same step. None
-        if there is none, or if a verdict has changed what it would build on; the draws are for
-        `end_step` then."""
-        if self.step is None or not self.is_untouched:
+        if there is none, or if a verdict has come, which may have voided what it would build on;
+        the draws are for `end_step` then."""
+        if self.step is None or self.burst.is_cut:
             return None
         following = self.burst.go_on(self.step, draws, self.outcomes)
         self.step = following or self.step
@@ -263,7 +262,7 @@ class RequestState:
             return []
         num_accepted, num_emitted = self._take(step, draws)
         self.counts.log_step(self.burst.steps, num_accepted, num_emitted, start_s, end_s)
-        return self._send_up(len(self.seq) - num_emitted) + self.flush()
+        return self._send_up(len(self.seq) - num_emitted, end_s) + self.flush()
 
     def _take(self, step: Step, draws: Sequence[Ranked]) -> tuple[int, int]:
         """Own tokens follow: the candidates that were drawn, and one more. Returns how many
@@ -314,12 +313,7 @@ class RequestState:
 
     def full_verdict(self) -> list[Outgoing]:
         """Everything a stage above needs to take part from nothing; idempotent."""
-        if self.role.is_first:
-            return []
-        self.num_verdicts_sent += 1
-        tokens = tuple(self.seq[self.prompt_len :])
-        verdict = Verdict(self.request, self.num_verdicts_sent, self.prompt_len, tokens, True)
-        return [(Link.UP, self.submit), (Link.UP, verdict)]
+        return tell_all(self)
 
     # -- parts of the transitions -----------------------------------------------------------
 
@@ -402,18 +396,6 @@ class RequestState:
         self.counts.num_rollbacks += 1
         self.counts.num_rolled_back += num_removed
 
-    def _send_up(self, first_new: int) -> list[Outgoing]:
+    def _send_up(self, first_new: int, now_s: float = 0.0) -> list[Outgoing]:
         """Own tokens from `first_new` on, to the stage above and, from the target, as output."""
-        tokens = tuple(self.seq[first_new:])
-        outgoing = list[Outgoing]()
-        if not tokens:
-            return outgoing
-        if not self.role.is_first:  # first, because somebody may wait for it
-            self.num_verdicts_sent += 1
-            number = self.num_verdicts_sent
-            verdict = Verdict(self.request, number, first_new, tokens, False)
-            outgoing.append((Link.UP, verdict))
-        if self.role.is_last:
-            output = Output(self.request, first_new, tokens, self.finish_reason)
-            outgoing.append((Link.LAUNCHER, output))
-        return outgoing
+        return tell(self, first_new, now_s)

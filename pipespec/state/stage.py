@@ -39,6 +39,7 @@ from pipespec.state.links import Arrival, Links
 from pipespec.state.outcomes import Ranked
 from pipespec.state.request import FinishCheck, Outgoing, RequestState
 from pipespec.state.step import Role, Step
+from pipespec.state.tell import tell_kept
 
 NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Finish
 REFRESH_S = 5.0  # without a usable Draft from above for so long: send everything again
@@ -150,14 +151,19 @@ class StageState:
         self._unlearnt = request, result
         return self.wrap(outgoing)
 
-    def learn(self) -> None:
+    def learn(self) -> list[tuple[Link, Frame]]:
         """The policy hears of the step that ended, once all has been received that came during
         it."""
         if self._unlearnt is None:
-            return
+            return []
         (request, result), self._unlearnt = self._unlearnt, None
         self.policy.on_step(replace(result, num_left=len(request.cands.main)))
         self.role.batch = self.policy.batch if self.role.is_first else 1
+        was_alone = self.role.is_alone
+        self.role.is_alone = self.role.is_last and self.policy.is_alone
+        if not was_alone or self.role.is_alone:
+            return []
+        return self.wrap([item for r in self.requests.values() for item in tell_kept(r)])
 
     def num_missing(self, now_s: float) -> int:
         """Candidates without which the oldest request does not step."""
@@ -176,6 +182,8 @@ class StageState:
     def refresh(self, now_s: float) -> list[tuple[Link, Frame]]:
         """For links that may lose frames: full verdicts where drafts have stayed away too long."""
         outgoing: list[Outgoing] = []
+        if self.role.is_alone:
+            return []
         for key, request in self.requests.items():
             if now_s - self._last_draft_s[key] > REFRESH_S and not request.is_ended:
                 self._last_draft_s[key] = now_s

@@ -11,6 +11,7 @@ from pipespec.state.candidates import Twig
 from pipespec.state.outcomes import Branch, Budget, RankStats
 from pipespec.state.tail import Feed
 
+OUTPUT_EVERY_S: Final = 0.01  # to wake the launcher takes time of a core that a stage may need
 LEAST_AHEAD: Final = 4  # tokens that the next stage may wait for
 LEAST_ROWS: Final = 32  # for branches, or it is not worth it
 
@@ -22,6 +23,8 @@ class Role:
     run_ahead: tokens it may be ahead of the last verdict (the last stage has no such bound).
     max_candidates: the most that the stage before it may be ahead. batch: tokens that a first draft
     collects before it sends them. A policy may change the bounds between two transitions.
+    output_every_s: a target tells the launcher of its tokens no more often. is_alone: it does not
+    tell the stage above for now.
     least_ahead: so many however unlikely it is that the verdict will accept them; more only while
     it is likely enough. context_length: positions that the stage's own model can hold; a draft
     whose context is full stops drafting, the target's was checked before the request was submitted.
@@ -40,6 +43,8 @@ class Role:
     max_branch_tokens: int = 0
     max_twigs: int = 0
     least_ahead: int = 1 << 30
+    output_every_s: float = 0.0
+    is_alone: bool = False
 
     @classmethod
     def of(
@@ -65,6 +70,7 @@ class Role:
             max_branch_tokens=budget.most_tokens(ahead) if index > 0 else 0,
             max_twigs=schedule.tree if can_branch and index > 0 else 0,
             least_ahead=least,
+            output_every_s=OUTPUT_EVERY_S,
         )
 
     def worth_drafting(self, stats: RankStats) -> int:
@@ -89,7 +95,7 @@ class Step:
     then the next token of each of `branches`. keep: before that, cache rows to copy to `keep_start`
     and after: what was fed as a tail and became the own sequence. num_more: forwards that may
     follow within the step, as long as nothing arrives, each over what the one before drew; `rounds`
-    of them go on from each of `tail`, in descending order, in the row `len(tail)` after its last.
+    of them go on from each of `tail`, in descending order, in rows after those of the one before.
     """
 
     request: int

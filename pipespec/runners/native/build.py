@@ -26,7 +26,7 @@ from pipespec.errors import ModelLoadError
 COMPILERS: Final = ("c++", "g++", "clang++")
 TIMEOUT_S: Final = 300.0  # a few seconds on a core of one's own
 _FOLDER: Final = Path(__file__).parent
-_SOURCES: Final = ("step.cpp", "attention.h", "pool.h", "products.h", "vectors.h")
+_SOURCES: Final = ("step.cpp", "attention.h", "noise.h", "pool.h", "products.h", "vectors.h")
 # Without contraction and fast-math the bits of a result do not depend on how a loop was unrolled.
 _FLAGS: Final = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off"),

@@ -7,7 +7,7 @@ and no request.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from typing import Final
 
 OK: Final = 0  # what pipespec_forward returns; 1: logits that are not finite
@@ -49,6 +49,8 @@ class Feed(Structure):
         *((name, c_int64) for name in ("start", "num_own", "num_tail")),
         *((name, c_int64) for name in ("num_outputs", "num_ranked")),
         *((name, c_void_p) for name in ("logits", "ranked")),
+        ("temperature", c_double),
+        ("seed", c_uint64),
     )
 
 

@@ -40,6 +40,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from pipespec.config import SamplingParams
 from pipespec.errors import PipeSpecError
 from pipespec.runners.architecture import Architecture, UnsupportedCheckpoint, read_architecture
 from pipespec.runners.base import TAIL_ROWS, BurstRow, Row, RunnerInfo, TailToken, TreeRow
@@ -48,9 +49,11 @@ from pipespec.runners.llama_weights import rotations
 from pipespec.runners.native import library
 from pipespec.runners.native.build import load_library
 from pipespec.runners.native.packing import PANEL, Weights, load_weights, padded
-from pipespec.runners.rows import check_row, check_tree, chunks
+from pipespec.runners.rows import check_burst, check_row, check_tree, chunks
+from pipespec.sampling import keeps_all
 
 _MAX_HEAD_DIM: Final = 512  # step.cpp
+_MAX_RANKED: Final = 64  # noise.h
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -149,8 +152,8 @@ class NativeRunner:
         return self._info
 
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
-        """See `draw_rows`; at temperature 0 the tokens are chosen in C++."""
-        if any(row.sampling.temperature > 0.0 for row in rows):
+        """See `draw_rows`; the tokens are chosen in C++ unless some are to be dropped first."""
+        if not all(_is_drawn_here(row.sampling) for row in rows):
             return draw_rows(rows, self._info, self._num_embeddings, self._row_logits)
         for row in rows:
             check_row(row, self._info, self._num_embeddings)
@@ -168,7 +171,7 @@ class NativeRunner:
         Raises:
             PipeSpecError: as `forward`.
         """
-        if row.row.sampling.temperature > 0.0:
+        if not _is_drawn_here(row.row.sampling) or row.num_ranked > _MAX_RANKED:
             return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
         check_tree(row, self._info, self._num_embeddings)
         count = min(row.num_ranked, self._info.vocab_size)
@@ -178,15 +181,15 @@ class NativeRunner:
         return [tuple(flat[at : at + count]) for at in range(0, len(flat), count)]
 
     def forward_burst(self, burst: BurstRow) -> list[list[tuple[int, ...]]]:
-        """See `BurstRunner`; at temperature 0 in C++.
+        """See `BurstRunner`; one forward where tokens are not chosen in C++.
 
         Raises:
             PipeSpecError: as `forward`.
         """
         tree = burst.tree
-        if tree.row.sampling.temperature > 0.0:
+        if not _is_drawn_here(tree.row.sampling) or tree.num_ranked > _MAX_RANKED:
             return [self.forward_tree(tree)]
-        check_tree(tree, self._info, self._num_embeddings)
+        check_burst(burst, self._info, self._num_embeddings)
         count, num_outputs = min(tree.num_ranked, self._info.vocab_size), len(tree.tail) + 1
         self._make_room(num_outputs, count * (1 + burst.num_more))
         if not self._run_tree(tree, count):
@@ -272,6 +275,7 @@ class NativeRunner:
         self._make_room(num_outputs, num_ranked)
         feed, num_done, is_finite = self._feed, 0, True
         feed.cache, feed.num_ranked = slot.address, num_ranked
+        feed.temperature, feed.seed = row.sampling.temperature, row.sampling.seed
         for start, stop in chunks(row.start, len(row.ids)):
             ids = row.ids[start - row.start : stop - row.start]
             slot.length = stop
@@ -309,11 +313,15 @@ class NativeRunner:
         if num_done < 0:
             raise self._no_memory()
         slot.length += num_done if tree.row.ids else 0
-        for item, num_rounds in zip(tree.tail, burst.rounds):
-            prefix, rows = slot.branches[item.row]
-            for done in range(1, min(num_rounds, num_done) + 1):
-                rows = [*rows, item.row + done * len(tree.tail)]
-                slot.branches[rows[-1]] = prefix, rows
+        ends = [item.row for item in tree.tail]  # of the branches
+        for done in range(num_done):
+            row = ends[-1] if ends else 0
+            ends = ends[: sum(rounds > done for rounds in burst.rounds)]
+            for index, end in enumerate(ends):
+                row += 1
+                prefix, rows = slot.branches[end]
+                slot.branches[row] = prefix, [*rows, row]
+                ends[index] = row
         return num_done
 
     def _no_memory(self) -> PipeSpecError:
@@ -324,13 +332,18 @@ class NativeRunner:
 
     def _make_room(self, num_outputs: int, num_ranked: int) -> None:
         """For what a forward returns, if there is not enough."""
-        if num_outputs <= self._num_logits and num_outputs * num_ranked <= len(self._ranked):
-            return
-        self._num_logits = num_outputs
-        self._logits = torch.empty(num_outputs, self._logit_stride)
-        self._logits_address = self._logits.data_ptr()
-        self._ranked = (c_int32 * (num_outputs * num_ranked))()
-        self._ranked_address = ctypes.addressof(self._ranked)
+        if num_outputs > self._num_logits:
+            self._num_logits = num_outputs
+            self._logits = torch.empty(num_outputs, self._logit_stride)
+            self._logits_address = self._logits.data_ptr()
+        if num_outputs * num_ranked > len(self._ranked):
+            self._ranked = (c_int32 * (num_outputs * num_ranked))()
+            self._ranked_address = ctypes.addressof(self._ranked)
+
+
+def _is_drawn_here(sampling: SamplingParams) -> bool:
+    """Whether step.cpp can choose the tokens."""
+    return sampling.temperature == 0.0 or keeps_all(sampling)
 
 
 def _shape(arch: Architecture, weights: Weights, cosines: Tensor, sines: Tensor) -> library.Shape:

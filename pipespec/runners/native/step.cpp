@@ -12,6 +12,7 @@
 #include <new>
 
 #include "attention.h"
+#include "noise.h"
 #include "pool.h"
 #include "products.h"
 
@@ -48,19 +49,23 @@ struct Shape {
 // `num_own` ids from position `start` on, then `num_tail` ids of branches. tail: for each of these
 // its position, its cache row, how many rows of the text it sees, and where in `chain` the rows of
 // branches begin that it sees; they end where the next one's begin. The last `num_outputs` ids get
-// logits [num_outputs][padded vocabulary] and the ids of the `num_ranked` largest, best first.
+// logits [num_outputs][padded vocabulary] and the ids of the `num_ranked` largest, best first; at a
+// temperature above 0 of those with noise of `seed`, at most 64.
 struct Feed {
   float* cache;
   const int32_t *ids, *tail, *chain;
   int64_t start, num_own, num_tail, num_outputs, num_ranked;
   float* logits;
   int32_t* ranked;
+  double temperature;
+  uint64_t seed;
 };
 
 // Forwards that follow one over `Feed`: each over what the one before ranked first, after the last
 // of its own ids and after each of its tail. `rounds[i]` of them, in descending order, go on from
-// tail i, in the row `num_tail` after its last; at most `num_more`, and none once one of the
-// descriptors can be read. What they rank comes after what the first did; logits are overwritten.
+// tail i, in cache rows that follow those of the forward before; at most `num_more`, and none once
+// one of the descriptors can be read. What they rank comes after what the first did; logits are
+// overwritten.
 struct Burst {
   const int32_t *rounds, *descriptors;
   int64_t num_more, num_descriptors;
@@ -216,6 +221,7 @@ class Model {
     std::vector<std::vector<int32_t>> chains;
     for (const int32_t* tail = first.tail; tail < first.tail + 4 * first.num_tail; tail += 4)
       chains.emplace_back(first.chain + tail[3], first.chain + tail[7]);
+    int32_t next_row = first.num_tail > 0 ? first.tail[4 * first.num_tail - 3] + 1 : 0;
     std::vector<int32_t> ids;
     Feed feed = first;
     for (int64_t done = 0; done < burst.num_more; ++done) {
@@ -229,7 +235,7 @@ class Model {
       }
       for (int64_t i = 0; i < first.num_tail && burst.rounds[i] > done; ++i) {
         const int32_t* tail = first.tail + 4 * i;
-        const auto row = static_cast<int32_t>(tail[1] + (done + 1) * first.num_tail);
+        const int32_t row = next_row++;
         ids.push_back(feed.ranked[(num_own + i) * num_ranked]);
         chains[i].push_back(row);
         const int32_t* chain = chains[i].data();
@@ -304,11 +310,19 @@ class Model {
     normalize(thread, first, shape_.norm);
     const int64_t stride = shape_.head.num_panels * PANEL;
     product(thread, shape_.head, normed_, first, Into{feed_.logits, stride});
-    const int count = static_cast<int>(feed_.num_ranked);
-    for (int row = thread; count > 0 && row < feed_.num_outputs; row += num_threads())
-      if (!rank(feed_.logits + row * stride, shape_.vocab_size, count, feed_.ranked + row * count))
-        all_finite_.store(false);
+    for (int row = thread; feed_.num_ranked > 0 && row < feed_.num_outputs; row += num_threads())
+      if (!rank_row(row, feed_.logits + row * stride)) all_finite_.store(false);
     end_products(kernel_);
+  }
+
+  // The tokens that come first after an output row; false if that cannot be said.
+  bool rank_row(int row, const float* logits) const {
+    const int count = static_cast<int>(feed_.num_ranked);
+    int32_t* best = feed_.ranked + row * count;
+    if (feed_.temperature == 0.0) return rank(logits, shape_.vocab_size, count, best);
+    const int64_t position = views_[num_rows() - feed_.num_outputs + row].position + 1;
+    return rank_perturbed(logits, shape_.vocab_size, position, feed_.temperature,
+                          Noise(feed_.seed), count, best);
   }
 
   int num_threads() const { return static_cast<int>(shape_.num_threads); }
