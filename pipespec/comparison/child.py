@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,11 +23,13 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from pipespec.comparison.speaker import Speaker
 from pipespec.errors import PipeSpecError
 from pipespec.worker import pin, watch_launcher
+
+_ORPHANED_WITHIN_S: Final = 0.05  # a killed race closes its pipes shortly before it is gone
 
 
 def main() -> int:
@@ -34,7 +37,8 @@ def main() -> int:
     answers = _private_output()
     for number in (signal.SIGINT, signal.SIGHUP):  # the race decides when it ends
         signal.signal(number, signal.SIG_IGN)
-    watch_launcher(os.getppid(), Path(sys.argv[1]))
+    race_pid, run_dir = os.getppid(), Path(sys.argv[1])
+    watch_launcher(race_pid, run_dir)
     try:
         spec = json.loads(sys.stdin.readline())
         _serve(spec, answers)
@@ -46,6 +50,9 @@ def main() -> int:
         reason = " ".join(str(error).split())[:300]
         _say(answers, {"error": f"{type(error).__name__}: {reason}".rstrip(": ")})
         return 1
+    time.sleep(_ORPHANED_WITHIN_S)
+    if os.getppid() != race_pid:  # faster than the watch: the last one to leave finds all closed
+        shutil.rmtree(run_dir, ignore_errors=True)
     return 0
 
 
