@@ -46,6 +46,7 @@ from pipespec.comparison.user_command import PLACEHOLDER, parse_command
 from pipespec.config import Schedule, find_models_config, load_models_config
 from pipespec.decoding import Hierarchy
 from pipespec.errors import PipeSpecError, UsageError
+from pipespec.results import locked
 
 DEFAULT_NUM_SAMPLES: Final = 6
 
@@ -226,13 +227,12 @@ def _compare(options: Namespace, given: Sequence[str]) -> int:
     for warning in inputs.warnings:
         display.line(f"note: {warning}")
     try:
-        _race(contestants, settings, inputs, options, record, path)
+        with locked(path, "--output"):
+            _race(contestants, settings, inputs, options, record, path)
     except BaseException as error:
         if record.turns:
-            print_tables(record, display.console)
             error.add_note(f"what was measured is in {path}")
-        else:
-            path.unlink(missing_ok=True)
+            print_tables(record, display.console)
         raise
     print_tables(record, display.console)
     for line in (*record.metadata["differences"], "", str(path)):
@@ -328,7 +328,6 @@ def _race_processes(
         sampling=generation.sampling,
         limits={p.index: min(generation.max_new_tokens, room - len(p.ids)) for p in inputs.prompts},
     )
-    save(record, path)
     with (
         Display(make_console(stderr=True)).news() as news,
         Race(contestants, inputs, race_settings, record, path, news) as race,

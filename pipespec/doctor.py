@@ -33,11 +33,11 @@ from pipespec.checkup.steps import Outcome, Plan, run_paths, run_shapes, shipped
 from pipespec.commands.arguments import DEFAULT_MODELS_CONFIG, Parser
 from pipespec.commands.display import make_console
 from pipespec.commands.entry import run_command
-from pipespec.config import RUNNERS, find_models_config
+from pipespec.config import RUNNERS, find_models_config, load_models_config
 from pipespec.errors import DataError, UsageError
 from pipespec.machine import this_machine
 from pipespec.placement import Machine
-from pipespec.results import describe_environment
+from pipespec.results import describe_environment, ensure_writable_file
 
 DEFAULT_SECONDS: Final = 15.0
 SCHEMA_VERSION: Final = 1
@@ -88,6 +88,9 @@ def _doctor(options: Namespace) -> int:
     if not (math.isfinite(options.seconds) and options.seconds >= 0):
         raise UsageError(f"--seconds is {options.seconds:g}; it must be 0 or more")
     config = find_models_config(options.models_config_path)
+    load_models_config(config)  # one that is wrong is said before anything is looked at
+    if options.json is not None:
+        ensure_writable_file(options.json, "--json")
     console = make_console()
     ticker = Ticker(make_console(stderr=True))
     examination = Examination(console, ticker, options.json)
@@ -113,7 +116,6 @@ class Examination:
     def run(self, config: Path, options: Namespace) -> None:
         say = self._ticker.say
         environ = dict(os.environ)
-        self._save()  # a file that cannot be written is said before a minute of work
         machine = this_machine(environ)
         self._add(check_software(len(machine.gpu_ids)))
         say("looking at cores and memory")

@@ -25,7 +25,7 @@ from pipespec.emulation.hidden import Observation, TwoStates, fit_two_states
 from pipespec.emulation.oracle import DEMO_RANK_EXPONENT, Oracle
 from pipespec.errors import DataError, UsageError
 from pipespec.metrics import summarise
-from pipespec.results import load_results
+from pipespec.results import ensure_writable_file, load_results
 from pipespec.simulate.prediction import Workload, emulations_of, predict
 
 DEFAULT_TOKENIZER: Final = "pipespec:demo/middle-2M"
@@ -99,6 +99,7 @@ def _fit(options: Namespace) -> int:
         raise UsageError(f"--rank-exponent is {options.rank_exponent}; it must be from 0 to 100")
     if options.num_texts < 0:
         raise UsageError(f"--num-texts is {options.num_texts}; it must be 0 or more")
+    ensure_writable_file(options.output, "--output")
     published = read_published(options.folder, tuple(options.models))
     observed = observations(published)
     states = fit_two_states(observed, len(published.models) - 1)
@@ -116,7 +117,7 @@ def _fit(options: Namespace) -> int:
     try:
         options.output.write_text(_to_text(entries), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{options.output}: {error.strerror or error}") from error
+        raise DataError(f"--output: {options.output}: {error.strerror or error}") from error
     display = Display(make_console())
     _report_fit(published, observed, states, entries, display)
     if options.num_texts:

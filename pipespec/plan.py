@@ -53,6 +53,7 @@ from pipespec.planning.devices import Allocation, allocations, one_more, read_ta
 from pipespec.planning.search import Plan, Ranking, search, useless_stages
 from pipespec.planning.system import Choice, System
 from pipespec.planning.times import Times
+from pipespec.results import ensure_writable, ensure_writable_file
 
 DEFAULT_NUM_SAMPLES: Final = 6
 
@@ -170,8 +171,10 @@ def _read_settings(options: Namespace) -> Settings:
     if options.num_devices is not None and options.num_devices < 1:
         raise UsageError(f"--num-devices is {options.num_devices}; it must be a positive integer")
     for flag, path in (("--profile", options.profile), ("--write", options.write)):
-        if path is not None and not path.parent.is_dir():  # said now, not after the measurement
-            raise UsageError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
+        if path is not None:  # said now, not after the measurement
+            ensure_writable_file(path, flag)
+    if options.run and options.output_dir is not None:
+        ensure_writable(options.output_dir)
     return read_settings(options)
 
 

@@ -18,6 +18,7 @@ from tiny import make_tiny_pair
 from pipespec import compare
 from pipespec.comparison.measures import table_rows
 from pipespec.comparison.record import Record, load
+from pipespec.results import locked
 
 PROMPTS = ("The quick brown fox", "def add(a, b):")
 OWN = ("greedy", "chain", "async-chain")
@@ -202,6 +203,50 @@ def test_an_interrupted_race_keeps_its_turns_and_prints_their_tables(
     wait_until(lambda: not any(member.is_running() for member in family), "processes are left")
 
 
+def test_a_killed_race_leaves_nothing_behind(tmp_path: Path) -> None:
+    flags = [*emulated_flags(tmp_path, target_ms=20.0), "--rounds", "500"]
+    path = tmp_path / "race.json"
+    flags += ["--only", "greedy", "async-chain"]
+    with nothing_left_in(tmp_path), python("-m", "pipespec.compare", *flags) as process:
+        wait_until(lambda: path.exists() and len(load(path).turns) >= 3, "no turn came")
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        wait_until(lambda: not any(map(psutil.Process.is_running, family)), "processes are left")
+    assert len(load(path).turns) >= 3
+
+
+def test_a_killed_contestant_leaves_nothing_behind(tmp_path: Path) -> None:
+    flags = [*emulated_flags(tmp_path, target_ms=20.0), "--rounds", "8"]
+    path = tmp_path / "race.json"
+    flags += ["--only", "greedy", "async-chain"]
+    with nothing_left_in(tmp_path), python("-m", "pipespec.compare", *flags) as process:
+        wait_until(lambda: path.exists() and len(load(path).turns) >= 3, "no turn came")
+        racers = [c for c in psutil.Process(process.pid).children() if c.children()]
+        assert len(racers) == 1, "async-chain alone has processes of its own"
+        racers[0].kill()
+        out, _ = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0
+    assert "left out: async-chain: was killed by signal 9" in out
+
+
+def test_a_race_that_had_no_turn_leaves_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "race.json"
+    path.write_text("precious")
+    flags = [*emulated_flags(tmp_path), "--only", "transformers", "--force"]
+    assert compare.main(flags) == 1
+    assert path.read_text() == "precious"
+
+
+def test_a_file_that_another_race_writes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "race.json", "--output"):
+        assert compare.main([*emulated_flags(tmp_path), "--only", "greedy"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "race.json; wait for it or name another --output" in line
+    assert not list(tmp_path.glob("race.json*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
@@ -214,7 +259,8 @@ def test_an_interrupted_race_keeps_its_turns_and_prints_their_tables(
         (["--chain-lookaheads", "0"], "--chain-lookaheads: 0 is not an integer from 1 to 1024"),
         (["--outcomes", "99"], "--outcomes is 99; it must be from 0 to 16"),
         (["--num-samples", "0"], "--num-samples is 0"),
-        (["--output", "."], "--output: . is there already"),
+        (["--output", "."], "--output: . is a folder; name a file"),
+        (["--output", ".", "--force"], "--output: . is a folder; name a file"),
     ],
 )
 def test_wrong_flags_are_one_line(

@@ -242,6 +242,17 @@ def test_a_race_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["race.json"]
 
 
+@pytest.mark.parametrize("key", ["tables", "models", "sampling", "dataset"])
+def test_a_file_whose_metadata_lack_a_key_is_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "race.json"
+    save(record([entrant("greedy")], [turn(1, "greedy@device", 1.0)]), path)
+    content = json.loads(path.read_text())
+    del content["metadata"][key]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"not a whole file of a race .*{key}"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from pipespec.config import SamplingParams
 from pipespec.data.arithmetic import arithmetic_problems
 from pipespec.data.stdlib import StdlibPrompt
-from pipespec.demo import evaluate
+from pipespec.demo import evaluate, evaluation
 from pipespec.demo.continuations import continue_texts, draft_ranks
 from pipespec.demo.corpus import SourceFile
 from pipespec.demo.measures import (
@@ -275,9 +275,9 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]
     train = [source_file(tmp_path, "seen", program(5, 300))]
     prompts = [StdlibPrompt(f"module.f{n}", program(n, 3)) for n in range(4)]
-    monkeypatch.setattr(evaluate, "held_out_files", lambda: held_out)
-    monkeypatch.setattr(evaluate, "train_files", lambda: train)
-    monkeypatch.setattr(evaluate, "stdlib_prompts", lambda: prompts)
+    monkeypatch.setattr(evaluation, "held_out_files", lambda: held_out)
+    monkeypatch.setattr(evaluation, "train_files", lambda: train)
+    monkeypatch.setattr(evaluation, "stdlib_prompts", lambda: prompts)
     tokenizer = train_tokenizer([file.text() for file in train], 300)
     folder = tmp_path / "family"
     for name, num_layers in (("small", 1), ("large", 2)):
@@ -327,7 +327,7 @@ def test_answers_are_marked_and_counted_over_questions(
             texts.append(Continuation(tuple(prompt), tuple(tokenizer(answer)["input_ids"])))
         return texts
 
-    monkeypatch.setattr(evaluate, "continue_texts", write)
+    monkeypatch.setattr(evaluation, "continue_texts", write)
     assert evaluate.main([str(family), *SMALL, "--questions", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["models"][0]["pass_at"] == pytest.approx({"1": 3 / 4 * 2 / 8, "8": 3 / 4})
@@ -359,6 +359,7 @@ def test_tables_fit_80_columns_and_show_the_samples(
         (["x", "--temperatures", "0"], "--temperatures"),
         (["x", "--temperatures", "nan"], "--temperatures"),
         (["x", "--tokens", "many"], "--tokens"),
+        (["x", "--threads", "99999999999"], "--threads"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

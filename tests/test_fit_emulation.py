@@ -146,7 +146,7 @@ def test_lengths_that_have_nothing_in_common_are_at_distance_one() -> None:
         (["--models", "small", "target"], "greedy_small.json: No such file"),
         (["--rank-exponent", "-1"], "--rank-exponent is -1.0"),
         (["--num-texts", "-1"], "--num-texts is -1"),
-        (["--output", "/nowhere/emulated.json"], "/nowhere/emulated.json: No such file"),
+        (["--output", "/nowhere/emulated.json"], "--output: there is no folder /nowhere"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

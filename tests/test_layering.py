@@ -80,6 +80,7 @@ LIGHT = (
     *("pipespec.dry_run", "pipespec.benchmark", "pipespec.run_example"),
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
+    *("pipespec.demo.train", "pipespec.demo.evaluate"),
     "pipespec.planning.meter",
 )
 

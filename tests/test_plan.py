@@ -255,6 +255,9 @@ def test_a_config_without_a_draft_that_pays_says_so(
         (["--profile", "/nowhere/at/all.json"], "--profile: there is no folder /nowhere/at"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--write", "/nowhere/at/all.json"], "--write: there is no folder /nowhere/at"),
+        (["--write", "."], "--write: . is a folder; name a file"),
+        (["--write", "/proc/models.json"], "--write: cannot write /proc/models.json"),
+        (["--run", "--output-dir", __file__], "--output-dir: cannot write to"),
         (["--lookahead", "3"], "unrecognized arguments: --lookahead"),
     ],
 )
@@ -262,8 +265,10 @@ def test_a_mistake_is_told_in_one_line(
     emulated_flags: list[str], flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan.main([*emulated_flags, *flags]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and told in lines[0]
+    assert not printed.out, "said before anything is measured or simulated"
 
 
 def test_one_model_is_nothing_to_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

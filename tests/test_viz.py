@@ -10,7 +10,9 @@ import pytest
 from matplotlib.axes import Axes
 from processes import assert_draws_without_torch
 
+from pipespec.errors import DataError
 from viz.strategy_comparison import draw, main, read_bars
+from viz.training_curves import read_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 ORIGINALS = ROOT.parent / "shared" / "data" / "pipespec_results"
@@ -122,3 +124,20 @@ def test_the_originals_files_give_the_published_numbers() -> None:
     assert best.speed_up == pytest.approx(2.636, abs=0.001)
     greedy = bars["greedy, Meta-Llama-3.1-70B-Instruct"]
     assert 1000 / greedy.tokens_per_s == pytest.approx(123.69, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        [],
+        [{"name": "a", "curve": []}],
+        [{"name": "a", "curve": [[0, 1.0]]}],
+        [{"name": "a", "curve": [[1, -1.0]]}],
+        [{"name": "a", "curve": [[1, float("nan")]]}],
+    ],
+)
+def test_curves_that_cannot_be_drawn_are_refused(models: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps({"models": models}))
+    with pytest.raises(DataError, match="of a training run"):
+        read_curves(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ def test_the_command_draws_without_torch(path: Path) -> None:
 def test_a_file_without_turns_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(record([entrant("greedy")], []), tmp_path / "race.json")
-    assert main([str(tmp_path / "race.json")]) == 2
+    path = tmp_path / "race.json"
+    save(record([entrant("greedy")], [turn(1, "greedy@device", 1.0)]), path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "turns": []}))
+    assert main([str(path)]) == 2
     assert "holds no turn of anyone" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record, load
 from pipespec.comparison.tables import HEADLINES, extent, label, model_names, what_it_is
 from pipespec.errors import DataError
-from viz.pictures import check_format, save
+from viz.pictures import check_output, save
 from viz.strategy_comparison import COLORS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         "--output", type=Path, default=Path("race.png"), help="the picture: .png, .pdf or .svg"
     )
     options = parser.parse_args(arguments)
-    check_format(options.output)
+    check_output(options.output)
     record = load(options.path)
     tables = read_tables(record, options.path)
     save(draw(record, tables), options.output)

@@ -24,8 +24,8 @@ from pipespec.emulation.oracle import DEMO_RANK_EXPONENT
 from pipespec.errors import UsageError
 from pipespec.planning.search import CHAIN_LOOKAHEADS
 from pipespec.planning.system import Choice, System, emulated_system
-from pipespec.simulate.prediction import Prediction, Workload
-from viz.pictures import check_format, save
+from pipespec.simulate.prediction import Prediction, Workload, emulations_of
+from viz.pictures import check_output, save
 from viz.strategy_comparison import COLORS
 
 if TYPE_CHECKING:
@@ -76,9 +76,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     for flag, value in (("num-texts", options.num_texts), ("new-tokens", options.new_tokens)):
         if value < 1:
             raise UsageError(f"--{flag} is {value}; it must be a positive integer")
-    check_format(options.output)
+    check_output(options.output)
     paths = [find_models_config(text) for text in options.models_config_path]
     configs = [(path.stem, load_models_config(path)) for path in paths]
+    for name, models in configs:  # all of them, before the first takes its time
+        _check(name, models)
     workload = Workload(options.num_texts, new_tokens=options.new_tokens)
     with Display(make_console(stderr=True)).news() as news:
         panels = [simulate(name, models, workload, news) for name, models in configs]
@@ -118,14 +120,7 @@ def simulate(
     workload: Workload,
     on_progress: Callable[[str], None] = lambda _what: None,
 ) -> Panel:
-    """Everything that a panel shows.
-
-    Raises:
-        UsageError: there is no draft.
-        ConfigError: a model is not emulated.
-    """
-    if len(models) < 2:
-        raise UsageError(f"--models-config-path: {name} has no draft, so nothing is corrected")
+    """Everything that a panel shows."""
     on_progress(f"simulating {name}: greedy and chain")
     system = _system(models, workload)
     greedy = system.predict(Choice((system.target,), "greedy")).tokens_per_s
@@ -144,6 +139,18 @@ def simulate(
         without.tokens_per_s / greedy,
         {label: tuple(points) for label, points in curves.items()},
     )
+
+
+def _check(name: str, models: Sequence[ModelConfig]) -> None:
+    """Whether a config has what its panel shows.
+
+    Raises:
+        UsageError: there is no draft.
+        ConfigError: a model is not emulated, or its emulation is wrong.
+    """
+    if len(models) < 2:
+        raise UsageError(f"--models-config-path: {name} has no draft, so nothing is corrected")
+    emulations_of(models)
 
 
 def _system(models: Sequence[ModelConfig], workload: Workload) -> System:

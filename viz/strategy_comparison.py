@@ -21,7 +21,7 @@ from pipespec.config import STRATEGIES
 from pipespec.errors import DataError
 from pipespec.metrics import speed_up, summarise
 from pipespec.results import RunFile, load_results
-from viz.pictures import check_format, save
+from viz.pictures import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         help="the picture: .png, .pdf or .svg",
     )
     options = parser.parse_args(arguments)
-    check_format(options.output)
+    check_output(options.output)
     bars = read_bars(find_files(options.paths))
     save(draw(bars), options.output)
     print(f"{len(bars)} runs: {options.output}")

@@ -9,6 +9,7 @@ steps, in nats a token: on text, or against the target's distribution where a mo
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.errors import DataError, UsageError
-from viz.pictures import check_format, save
+from viz.pictures import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         help="the picture: .png, .pdf or .svg",
     )
     options = parser.parse_args(arguments)
-    check_format(options.output)
+    check_output(options.output)
     curves = read_curves(options.path)
     save(draw(curves), options.output)
     print(f"{len(curves)} models: {options.output}")
@@ -67,7 +68,7 @@ def read_curves(path: Path) -> list[Curve]:
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["models"]
-        return [
+        curves = [
             Curve(
                 str(record["name"]),
                 tuple(float(tokens) / 1e6 for tokens, _ in record["curve"]),
@@ -75,10 +76,24 @@ def read_curves(path: Path) -> list[Curve]:
             )
             for record in records
         ]
+        _check(curves)
+        return curves
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path} is not the training.json of a training run") from error
+
+
+def _check(curves: Sequence[Curve]) -> None:
+    """Whether there is something to draw, and where logarithmic axes have a place for it.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if not curves or not all(curve.tokens for curve in curves):
+        raise ValueError("no curve, or one without a point")
+    if not all(0 < x < math.inf for curve in curves for x in (*curve.tokens, *curve.losses)):
+        raise ValueError("a point that is not above 0")
 
 
 def draw(curves: Sequence[Curve]) -> Figure:

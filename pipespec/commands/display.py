@@ -15,6 +15,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipespec.commands.entry import CommandConsole
 from pipespec.config import ModelConfig
 from pipespec.launcher import OnProgress
 from pipespec.stage_process import StageStatus
@@ -27,7 +28,7 @@ PLAIN_WIDTH: Final = 100
 
 def make_console(*, stderr: bool = False) -> Console:
     """Standard output, or stderr; where that is a file or a pipe, wide enough for the table."""
-    console = Console(highlight=False, stderr=stderr)
+    console = CommandConsole(highlight=False, stderr=stderr)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console

@@ -6,6 +6,7 @@ Notes on an exception (`add_note`) say what was kept; they follow its message on
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from pipespec.interrupts import install_signal_handlers
 
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _TAIL_LINES: Final = 20
 
 
@@ -29,25 +31,28 @@ def run_command(body: Callable[[], int]) -> int:
     A failed stage's last log lines are printed below the error's line.
     """
     try:
-        with install_signal_handlers():
-            return body()
-    except PipeSpecError as error:
-        _report(f"error: {error}", error)
-        if isinstance(error, StageError):
-            for line in error.log_tail:
-                _report(f"  | {line}")
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        _report("interrupted", error)
-        return EXIT_INTERRUPTED
-    except SystemExit as error:
-        if isinstance(error.code, int) and error.code > 128:
-            _report("stopped by a signal", error)
-        raise
+        try:
+            return _exit_code(body)
+        finally:
+            if sys.stdout is not None:  # closed by whoever started the command
+                sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has left; nothing must be written at interpreter exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        _discard_output()
+        _report(f"error: {error.strerror}, while writing {error.filename or 'the output'}", error)
+        return PipeSpecError.exit_code
+
+
+class CommandConsole(Console):
+    """A console that tells of a reader who has left by a `BrokenPipeError`, as files do."""
+
+    def on_broken_pipe(self) -> None:
+        """rich's own ends the program with exit code 1, as if the command had failed."""
+        raise  # the error that rich is handling
 
 
 @contextlib.contextmanager
@@ -80,7 +85,44 @@ def configure_logging(verbose: bool) -> None:
         logging.getLogger("pipespec").setLevel(logging.DEBUG)
 
 
+def _exit_code(body: Callable[[], int]) -> int:
+    """Runs the body; what it raises is reported."""
+    try:
+        with install_signal_handlers():
+            return body()
+    except PipeSpecError as error:
+        _report(f"error: {error}", error)
+        if isinstance(error, StageError):
+            for line in error.log_tail:
+                _report(f"  | {line}")
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        _report("interrupted", error)
+        return EXIT_INTERRUPTED
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code > 128:
+            _report("stopped by a signal", error)
+        raise
+
+
 def _report(message: str, error: BaseException | None = None) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    """A line on stderr; where that cannot be written, the exit code alone has to tell."""
+    console = CommandConsole(stderr=True, soft_wrap=True, highlight=False)
     notes = getattr(error, "__notes__", ())
-    console.print("; ".join([message, *notes]), markup=False)
+    try:
+        console.print("; ".join([message, *notes]), markup=False)
+    except OSError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    """What cannot be written is dropped, or the interpreter would try again, and complain, at its
+    exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(null, stream.fileno())
+    os.close(null)

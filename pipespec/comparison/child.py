@@ -1,4 +1,6 @@
-"""One contestant as a process: `python -m pipespec.comparison.child`, started by the race alone.
+"""One contestant as a process: `python -m pipespec.comparison.child DIR`, started by the race.
+
+Should the race be killed, this process removes DIR, the race's run directory, and ends.
 
 The first line of standard input says what to load; each line after it asks for one text and is
 answered by one line. It waits for the next one in a read, and ends with its input. Whatever a
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,17 +22,23 @@ import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Final
 
 from pipespec.comparison.speaker import Speaker
 from pipespec.errors import PipeSpecError
-from pipespec.worker import pin
+from pipespec.worker import pin, watch_launcher
+
+_ORPHANED_WITHIN_S: Final = 0.05  # a killed race closes its pipes shortly before it is gone
 
 
 def main() -> int:
     """Serves until the input ends; returns the exit status."""
     answers = _private_output()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the race decides when it ends
+    for number in (signal.SIGINT, signal.SIGHUP):  # the race decides when it ends
+        signal.signal(number, signal.SIG_IGN)
+    race_pid, run_dir = os.getppid(), Path(sys.argv[1])
+    watch_launcher(race_pid, run_dir)
     try:
         spec = json.loads(sys.stdin.readline())
         _serve(spec, answers)
@@ -41,6 +50,9 @@ def main() -> int:
         reason = " ".join(str(error).split())[:300]
         _say(answers, {"error": f"{type(error).__name__}: {reason}".rstrip(": ")})
         return 1
+    time.sleep(_ORPHANED_WITHIN_S)
+    if os.getppid() != race_pid:  # faster than the watch: the last one to leave finds all closed
+        shutil.rmtree(run_dir, ignore_errors=True)
     return 0
 
 

@@ -61,7 +61,7 @@ class Racer:
         Raises:
             ContestantFailed: it cannot.
         """
-        self.group.start(CHILD, environment)
+        self.group.start((*CHILD, str(self.group.log_path.parent)), environment)
         self._send(spec)
         info: dict[str, Any] = self._read()["ready"]
         return info
@@ -280,7 +280,10 @@ class Race:
         return self._run_dir / "prompts.jsonl"
 
     def _environment(self, contestant: Contestant) -> dict[str, str]:
-        return environment_of(contestant, self._hierarchy, os.environ)
+        environment = environment_of(contestant, self._hierarchy, os.environ)
+        if contestant.kind == "own":  # should it be killed, its sockets go with our directory
+            environment["TMPDIR"] = str(self._run_dir)
+        return environment
 
 
 def _wait_for(group: Group, deadline_s: float) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 from pipespec.comparison.drafting import StageSums
 from pipespec.errors import DataError, PipeSpecError, UsageError
+from pipespec.results import ensure_writable_file
 from pipespec.results.metadata import plain
 
 SCHEMA_VERSION: Final = 1
@@ -123,22 +123,24 @@ def claim(path: Path, *, force: bool) -> None:
         UsageError: it cannot, or there is a file already and `force` does not say to replace it.
     """
     try:
-        if path.exists() and not force:
-            raise UsageError(f"--output: {path} is there already; name another, or pass --force")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as probe:
-            probe.write(b"x")
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"--output: cannot write {path} ({reason}); name another file") from error
+    ensure_writable_file(path, "--output")
+    if path.exists() and not force:
+        raise UsageError(f"--output: {path} is there already; name another, or pass --force")
 
 
 def save(record: Record, path: Path) -> None:
-    """Replaces the file in one step; whatever interrupts it leaves the former one whole.
+    """Replaces the file in one step; whatever interrupts it leaves the former one whole. A record
+    without a turn is not worth a former one, and not written.
 
     Raises:
         PipeSpecError: the disk refused.
     """
+    if not record.turns:
+        return
     content = {
         "kind": _KIND,
         "schema_version": SCHEMA_VERSION,
@@ -178,6 +180,7 @@ def load(path: Path) -> Record:
     if content.get("schema_version") != SCHEMA_VERSION:
         raise DataError(f"{path} has another schema version than {SCHEMA_VERSION}; race again")
     try:
+        _check_metadata(content["metadata"])
         return Record(
             content["metadata"],
             [Entrant(**_tuples(entrant)) for entrant in content["contestants"]],
@@ -186,6 +189,17 @@ def load(path: Path) -> Record:
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not a whole file of a race ({error})") from error
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises a KeyError or TypeError where tables and pictures would, which read these."""
+    for key in ("dataset", "num_samples", "max_new_tokens", "load_average_before"):
+        metadata[key]
+    metadata["sampling"]["temperature"]
+    for model in metadata["models"]:
+        model["path"]
+    for table in metadata["tables"]:
+        metadata["tables"][table]
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:

@@ -32,7 +32,6 @@ def simulate(
     Raises:
         PipeSpecError: the file cannot be written.
     """
-    save(record, path)
     for contestant in contestants:
         on_progress(f"simulating {contestant.key}")
         for variant in contestant.variants:

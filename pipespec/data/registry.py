@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -143,7 +144,8 @@ def digest(samples: Iterable[Sample]) -> str:
 
 def _samples(found: _Found, num_samples: int | None) -> Iterator[Sample]:
     """Rows are read, and can be wrong, only as far as samples are wanted."""
-    for index, (place, row) in enumerate(islice(found.rows(), num_samples)):
+    limit = None if num_samples is None else min(num_samples, sys.maxsize)
+    for index, (place, row) in enumerate(islice(found.rows(), limit)):
         try:
             yield found.to_sample(index, row)
         except DataError as error:

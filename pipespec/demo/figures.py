@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pipespec.demo.measures import Speculation
-from pipespec.demo.real_text import PairOnText, XzFigures
+
+if TYPE_CHECKING:
+    from pipespec.demo.real_text import PairOnText, XzFigures
 
 PASS_AT: Final = (1, 8)
 

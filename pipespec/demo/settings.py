@@ -6,6 +6,9 @@ The defaults give the shipped family. A budget is counted in tokens; minutes are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+MAX_THREADS: Final = 1024  # more are a slip of the hand, and torch takes no larger number well
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-
 from pipespec.commands.arguments import Parser
-from pipespec.commands.entry import library_errors, run_command
+from pipespec.commands.entry import CommandConsole, library_errors, run_command
 from pipespec.demo.corpus import package_files, train_files
-from pipespec.demo.family import save_records, train_family
 from pipespec.demo.progress import ProgressDisplay
-from pipespec.demo.settings import FamilyPlan
+from pipespec.demo.settings import MAX_THREADS, FamilyPlan
 from pipespec.errors import StageError, UsageError
 
 DEFAULT_MINUTES: Final = 240.0  # twice what two slow cores take
@@ -75,24 +72,26 @@ def _parser() -> Parser:
 def _check(options: argparse.Namespace) -> None:
     if not 0 < options.minutes < float("inf"):
         raise UsageError(f"--minutes is {options.minutes:g}; give a number above 0")
-    if options.threads < 1:
-        raise UsageError(f"--threads is {options.threads}; give at least 1")
-    if options.seed < 0:
-        raise UsageError(f"--seed is {options.seed}; give 0 or more")
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(f"--threads is {options.threads}; give 1 to {MAX_THREADS}")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"--seed is {options.seed}; give 0 to 2**63 - 1")
     for flag, folder in (("--out", options.out), ("--work-dir", options.work_dir)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UsageError(f"{flag} {folder} is a file; name a folder")
 
 
 def _train(options: argparse.Namespace, plan: FamilyPlan) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = CommandConsole(stderr=True, soft_wrap=True, highlight=False)
     out: Path = options.out
     work: Path = options.work_dir or out / "checkpoints"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to --out {out}: {error.strerror}") from error
+    for flag, folder in (("--out", out), ("--work-dir", work)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{flag}: cannot write to {folder} ({error.strerror})") from error
+    from pipespec.demo.family import save_records, train_family  # takes seconds
+
     plan = replace(plan, seed=options.seed, compile=plan.compile and options.compile)
     with ProgressDisplay(console) as display:
         records = train_family(

@@ -5,6 +5,8 @@ Decided before any model is loaded, so that nothing is computed that cannot be k
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -94,6 +96,27 @@ def ensure_writable(folder: Path) -> None:
         raise UsageError(
             f"--output-dir: cannot write to {folder} ({reason}); name another folder"
         ) from error
+
+
+def ensure_writable_file(path: Path, flag: str) -> None:
+    """Tries whether the file that `flag` names can be written, before anything is computed for it.
+
+    Raises:
+        UsageError: it cannot; names flag and file.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"{flag}: {path} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
+        if not path.exists():
+            with tempfile.TemporaryFile(dir=path.parent) as probe:
+                probe.write(b"x")
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{flag}: cannot write {path} ({reason}); name another file") from error
 
 
 def _exists(path: Path) -> bool:

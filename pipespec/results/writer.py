@@ -10,8 +10,6 @@ One writer a file: a lock that the kernel drops with its process, so none is eve
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -22,12 +20,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from pipespec.errors import PipeSpecError, UsageError
+from pipespec.results.locks import lock, unlock
 from pipespec.results.metadata import metadata_differences, plain
 from pipespec.results.paths import ensure_writable, partial_path
 from pipespec.results.reading import read_partial, result_problem, to_json
 
 _NUM_DIGITS: Final = 7  # a clock tells no less than 1e-7 s from noise
-_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class ResultWriter:
         self._results: dict[int, str] = {}
         self._file: FileIO | None = None
         ensure_writable(path.parent)
-        self._lock = _lock(path)
+        self._lock = lock(path, "--output-dir")
         try:
             self._open(resume)
         except OSError as error:
@@ -160,8 +158,7 @@ class ResultWriter:
             self._file.close()
             self._file = None
         if self._lock is not None:
-            _lock_path(self.path).unlink(missing_ok=True)
-            os.close(self._lock)
+            unlock(self.path, self._lock)
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -237,48 +234,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(path.name + ".lock")
-
-
-def _lock(path: Path) -> int | None:
-    """Takes the lock file of `path`; a descriptor that holds it, None where locks do not work.
-
-    The pid in it is for the message only: the kernel's lock counts, which ends with its process.
-    """
-    lock_path = _lock_path(path)
-    while True:
-        try:
-            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(f"--output-dir: cannot write {lock_path} ({reason})") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise UsageError(
-                f"another process (pid {owner}) is writing {path}; wait for it or name another "
-                "--output-dir"
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in _NO_LOCKS:
-                _log.warning("no file locks in %s; run one benchmark at a time", path.parent)
-                return None
-            raise UsageError(f"--output-dir: cannot lock {lock_path} ({error})") from error
-        if _is_same_file(descriptor, lock_path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return descriptor
-        os.close(descriptor)  # its owner finished and removed it between our open and our lock
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
