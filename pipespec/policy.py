@@ -9,18 +9,17 @@ candidates to wait for; it reads no clock.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 from pipespec.config import Schedule
+from pipespec.estimates import DraftTimes, StepTimes
 from pipespec.solo import Solo
 
 SEND_COST_S = 60e-6  # of a draft's loop, beside its forwards; measured on Linux, ipc
 FIRST_MOST = 16  # candidates to verify at once; more only after so many have been tried
 _COUNTS = (*range(9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, *(16 * n for n in range(5, 257)))
-_STEPS_REMEMBERED = 24  # of each length, about
 _FEEDS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)  # of the extras, how many are thought of
 MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
@@ -125,66 +124,6 @@ class FixedWait:
         pass
 
 
-class StepTimes:
-    """Running mean step time by query length, interpolated between the lengths seen.
-
-    A longer step never takes less: who chooses the best of many noisy means would choose the
-    luckiest, so neighbours that contradict each other are pooled (isotonic regression). Outside of
-    the lengths seen it is hopeful, so that a policy tries what it has not measured: a longer step
-    costs no more than the longest seen, a shorter one up to half less than the shortest.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, int]] = {}  # mean and count by length
-        self._mean_s: dict[int, float] = {}  # pooled
-        self._lengths: list[int] = []
-        self._num_unpooled = 0
-
-    def observe(self, query_length: int, seconds: float) -> None:
-        mean_s, count = self._seen.get(query_length, (seconds, 0))
-        count = min(count + 1, _STEPS_REMEMBERED)
-        self._seen[query_length] = mean_s + (seconds - mean_s) / count, count
-        self._num_unpooled += 1
-        if self._num_unpooled >= 4 or query_length not in self._mean_s:
-            self._pool()
-
-    def _pool(self) -> None:
-        self._num_unpooled = 0
-        self._lengths = sorted(self._seen)
-        blocks: list[tuple[float, int, int]] = []  # mean, count, how many lengths
-        for length in self._lengths:
-            mean_s, count = self._seen[length]
-            size = 1
-            while blocks and blocks[-1][0] > mean_s:
-                other_s, others, more = blocks.pop()
-                mean_s = (mean_s * count + other_s * others) / (count + others)
-                count, size = count + others, size + more
-            blocks.append((mean_s, count, size))
-        pooled = [mean_s for mean_s, _, size in blocks for _ in range(size)]
-        self._mean_s = dict(zip(self._lengths, pooled))
-
-    @property
-    def longest(self) -> int:
-        """The longest query seen."""
-        return self._lengths[-1] if self._lengths else 0
-
-    def estimate(self, query_length: int) -> float | None:
-        """Seconds; None before the first observation."""
-        if not self._lengths:
-            return None
-        right = bisect_left(self._lengths, query_length)
-        if right == len(self._lengths):
-            return self._mean_s[self._lengths[-1]]
-        above = self._lengths[right]
-        if above == query_length:
-            return self._mean_s[above]
-        if right == 0:
-            return self._mean_s[above] * 0.5 * (1.0 + query_length / above)
-        below = self._lengths[right - 1]
-        share = (query_length - below) / (above - below)
-        return (1 - share) * self._mean_s[below] + share * self._mean_s[above]
-
-
 def expected_tokens(acceptance: float, num_candidates: float) -> float:
     """Tokens that a verification of so many candidates emits, the bonus token included:
     (1 - a**(n+1)) / (1 - a). Leviathan et al., arXiv 2211.17192, equation 1."""
@@ -194,18 +133,26 @@ def expected_tokens(acceptance: float, num_candidates: float) -> float:
 
 
 def cycle_rate(
-    acceptance: float, draft_s: float, steps: StepTimes, wait: int, most: int, *, overlaps: bool
+    acceptance: float,
+    draft_s: float,
+    steps: StepTimes,
+    wait: int,
+    most: int,
+    *,
+    overlaps: bool,
+    begin_s: float = 0.0,
 ) -> float:
     """Tokens per second from one mismatch to the next, when a verifier waits for `wait` candidates.
 
-    After a mismatch it waits `wait * draft_s` and verifies. If all is accepted and the next token
-    drafted is the bonus token too (acceptance**(wait + 1)), it goes on with what was drafted
-    meanwhile, at most `most`, and so on until the next mismatch. overlaps: False for a synchronous
-    chain, which drafts nothing meanwhile.
+    After a mismatch it waits `begin_s + wait * draft_s`, if it does, and verifies. If all is
+    accepted and the next token drafted is the bonus token too (acceptance**(wait + 1)), it goes on
+    with what was drafted meanwhile, at most `most`, and so on until the next mismatch. overlaps:
+    False for a synchronous chain, which drafts nothing meanwhile.
     """
     first_s = steps.estimate(wait + 1)
     assert first_s is not None
-    tokens, seconds = expected_tokens(acceptance, wait), wait * draft_s + first_s
+    tokens, seconds = expected_tokens(acceptance, wait), first_s
+    seconds += begin_s + wait * draft_s if wait else 0.0
     if overlaps:
         # On average, so not a whole number: the bonus token takes the place of one of them.
         ahead = max(0.0, min(most, first_s / max(draft_s, 1e-9)) - 1.0)
@@ -242,8 +189,7 @@ class AdaptiveWait:
         self._steps = StepTimes()
         self._num_scored = 8.0  # a prior of acceptance 0.7, worth eight tokens
         self._num_accepted = 5.6
-        self._num_drafted = 0.0  # decayed, like the seconds in which they arrived
-        self._drafting_s = 0.0
+        self._drafting = DraftTimes()
         self._drafting_since_s: float | None = None
         self._num_timed = 0  # tokens since then, the last at
         self._timed_until_s = 0.0
@@ -270,7 +216,7 @@ class AdaptiveWait:
         if self.is_alone:
             return 0, None
         missing = max(0, wanted - situation.num_candidates)
-        return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_s())
+        return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_times()[1])
 
     def use(self, num_candidates: int) -> int:
         if self._num_timed:
@@ -306,10 +252,9 @@ class AdaptiveWait:
             count //= 2
         return count
 
-    def _draft_s(self) -> float:
-        if self._num_drafted:
-            return self._drafting_s / self._num_drafted
-        return (self._steps.estimate(1) or 0.1) / 8
+    def _draft_times(self) -> tuple[float, float]:
+        """Seconds until drafting begins, and for each token; a guess until some was seen."""
+        return self._drafting.estimate() or (0.0, (self._steps.estimate(1) or 0.1) / 8)
 
     def on_step(self, result: StepResult) -> None:
         self._end_timing()
@@ -340,8 +285,9 @@ class AdaptiveWait:
         return expected_tokens(self.acceptance, num_candidates) / step_s
 
     def _cycle_rate(self, wait: int) -> float:
-        args = (self.acceptance, self._draft_s(), self._steps, wait, self._most)
-        return cycle_rate(*args, overlaps=self._overlaps)
+        begin_s, draft_s = self._draft_times()
+        args = (self.acceptance, draft_s, self._steps, wait, self._most)
+        return cycle_rate(*args, overlaps=self._overlaps, begin_s=begin_s)
 
     def _observe_acceptance(self, result: StepResult) -> None:
         num_accepted = result.num_accepted
@@ -366,10 +312,8 @@ class AdaptiveWait:
         what arrived before the step counts, if anything did. Later a drafter takes its time: it is
         ahead, and may prepare outcomes."""
         if self._drafting_since_s is not None and self._num_timed:
-            decay = math.exp2(-self._num_timed / 64.0)
-            self._num_drafted = self._num_drafted * decay + self._num_timed
             taken_s = self._timed_until_s - self._drafting_since_s
-            self._drafting_s = self._drafting_s * decay + taken_s
+            self._drafting.observe(self._num_timed, taken_s)
         self._drafting_since_s = None
         self._num_timed = 0
 
