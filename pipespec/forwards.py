@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from pipespec.config import SamplingParams
@@ -15,9 +15,32 @@ from pipespec.runners.base import (
     TailToken,
     TreeRow,
 )
-from pipespec.state import Step
+from pipespec.state import StageState, Step
 
 Draws = list[tuple[int, ...]]  # of one forward; tokens best first
+
+
+def run_step(
+    state: StageState,
+    runner: ModelRunner,
+    slot: int,
+    step: Step,
+    descriptors: Sequence[int] = (),
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Draws:
+    """All forwards of a step that `state` has started: what the last of them drew, which is for
+    `state.end_step`. A burst ends once `is_interrupted`, which `descriptors` tell a runner that
+    does its forwards by itself."""
+    sampling = state.requests[step.request].submit.sampling
+    num_ranked = 1 + state.role.outcomes.num_ranked
+    following: Step | None = step
+    while following is not None:
+        *others, draws = forward_step(runner, slot, sampling, following, num_ranked, descriptors)
+        for earlier in others:
+            state.draw_on(earlier)
+        is_over = step.num_more == 0 or is_interrupted()
+        following = None if is_over else state.draw_on(draws)
+    return draws
 
 
 def forward_step(

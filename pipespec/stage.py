@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Sequence
 from typing import Final
 
 from pipespec.config import Schedule
-from pipespec.forwards import forward_step
+from pipespec.forwards import run_step
 from pipespec.messages import Abort, Finish, Frame, Heartbeat, Link, Shutdown
 from pipespec.policy import make_policy
 from pipespec.runners.base import ModelRunner
@@ -82,20 +82,11 @@ class StageLoop:
         self._slots.keep_only(self.state.requests)
 
     def _forward(self, step: Step) -> None:
-        sampling = self.state.requests[step.request].submit.sampling
-        slot = self._slots.slot_of(step.request)
-        num_ranked = 1 + self.state.role.outcomes.num_ranked
-        runner, descriptors = self._slots.runner, self._transport.descriptors
+        slot, transport = self._slots.slot_of(step.request), self._transport
         start_s = self._clock()
-        following: Step | None = step
-        while following is not None:
-            *others, draws = forward_step(
-                runner, slot, sampling, following, num_ranked, descriptors
-            )
-            for earlier in others:
-                self.state.draw_on(earlier)
-            is_over = step.num_more == 0 or self._transport.has_frames()
-            following = None if is_over else self.state.draw_on(draws)
+        draws = run_step(
+            self.state, self._slots.runner, slot, step, transport.descriptors, transport.has_frames
+        )
         end_s = self._clock()
         if self.state.role.is_last:  # what it is sent can wait until its verdict is on its way
             self._send(self.state.end_step(draws, start_s, end_s))

@@ -241,10 +241,8 @@ class _Models:
     def _of_all_stages(self, counts: Sequence[StageCounts]) -> tuple[StageCounts, ...]:
         """A stage that was left out did nothing, so that all samples of a run have lists of the
         same length."""
-        idle, by_stage = (
-            StageCounts.from_values(Counts().to_values()),
-            dict(zip(self.stages, counts)),
-        )
+        idle = StageCounts.from_values(Counts().to_values())
+        by_stage = dict(zip(self.stages, counts))
         return tuple(by_stage.get(stage, idle) for stage in range(len(self.settings.models)))
 
 

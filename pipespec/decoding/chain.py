@@ -18,7 +18,7 @@ from pipespec.decoding.greedy import DEFAULTS
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.decoding.local import close_all, load_runners, pinned
 from pipespec.errors import UsageError
-from pipespec.forwards import forward_step
+from pipespec.forwards import run_step
 from pipespec.messages import LAUNCHER, Abort, Finish, Frame, Link, Message, Output, Stats, Submit
 from pipespec.policy import FIRST_MOST, make_policy
 from pipespec.state import Role, StageState, Step
@@ -127,14 +127,8 @@ class ChainSpeculativeDecoder:
 
     def _forward(self, index: int, step: Step) -> None:
         state = self._states[index]
-        sampling = state.requests[step.request].submit.sampling
         start_s = time.perf_counter()
-        following: Step | None = step
-        while following is not None:
-            *others, draws = forward_step(self._runners[index], 0, sampling, following, 1)
-            for earlier in others:
-                state.draw_on(earlier)
-            following = state.draw_on(draws)
+        draws = run_step(state, self._runners[index], 0, step)
         end_s = time.perf_counter()
         self._post(index, state.end_step(draws, start_s, end_s))
         self._post(index, state.learn())

@@ -147,13 +147,6 @@ struct Gate {
   }
 };
 
-bool can_be_read(const Burst& burst) {
-  std::vector<pollfd> polled;
-  for (int64_t i = 0; i < burst.num_descriptors; ++i)
-    polled.push_back({burst.descriptors[i], POLLIN, 0});
-  return !polled.empty() && poll(polled.data(), polled.size(), 0) > 0;
-}
-
 // The ids of the `count` largest values, the first among equals; false if that cannot be said
 // because some are no finite numbers.
 bool rank(const float* values, int64_t num_values, int count, int32_t* best) {
@@ -223,9 +216,12 @@ class Model {
       chains.emplace_back(first.chain + tail[3], first.chain + tail[7]);
     int32_t next_row = first.num_tail > 0 ? first.tail[4 * first.num_tail - 3] + 1 : 0;
     std::vector<int32_t> ids;
+    std::vector<pollfd> polled;
+    for (int64_t i = 0; i < burst.num_descriptors; ++i)
+      polled.push_back({burst.descriptors[i], POLLIN, 0});
     Feed feed = first;
     for (int64_t done = 0; done < burst.num_more; ++done) {
-      if (can_be_read(burst)) return done;
+      if (!polled.empty() && poll(polled.data(), polled.size(), 0) > 0) return done;
       ids.clear();
       views_.clear();
       for (int64_t i = 0; i < num_own; ++i) {
