@@ -26,6 +26,7 @@ class StepTimes:
         self._seen: dict[int, tuple[float, int]] = {}  # mean and count by length
         self._mean_s: dict[int, float] = {}  # pooled
         self._lengths: list[int] = []
+        self._known: dict[int, float] = {}  # estimates since they were pooled
         self._num_unpooled = 0
 
     def observe(self, query_length: int, seconds: float) -> None:
@@ -33,11 +34,12 @@ class StepTimes:
         count = min(count + 1, _STEPS_REMEMBERED)
         self._seen[query_length] = mean_s + (seconds - mean_s) / count, count
         self._num_unpooled += 1
-        if self._num_unpooled >= 4 or query_length not in self._mean_s:
+        if self._num_unpooled >= 8 or query_length not in self._mean_s:
             self._pool()
 
     def _pool(self) -> None:
         self._num_unpooled = 0
+        self._known.clear()
         self._lengths = sorted(self._seen)
         blocks: list[tuple[float, int, int]] = []  # mean, count, how many lengths
         for length in self._lengths:
@@ -60,6 +62,11 @@ class StepTimes:
         """Seconds; None before the first observation."""
         if not self._lengths:
             return None
+        if query_length not in self._known:
+            self._known[query_length] = self._interpolate(query_length)
+        return self._known[query_length]
+
+    def _interpolate(self, query_length: int) -> float:
         right = bisect_left(self._lengths, query_length)
         if right == len(self._lengths):
             return self._mean_s[self._lengths[-1]]

@@ -12,7 +12,6 @@ from pipespec.runners.base import (
     BurstRunner,
     ModelRunner,
     Row,
-    TailToken,
     TreeRow,
 )
 from pipespec.state import StageState, Step
@@ -57,8 +56,7 @@ def forward_step(
     is_burst = step.num_more > 0 and runner.info.has_bursts
     if num_ranked == 1 and not (step.tail or step.keep or is_burst):
         return [[(token,) for token in runner.forward([row])[0]]]
-    tokens = [TailToken(x.token, x.position, x.row, x.parent_row) for x in step.tail]
-    tree = TreeRow(row, tokens, step.keep, step.keep_start, num_ranked)
+    tree = TreeRow(row, step.tail, step.keep, step.keep_start, num_ranked)
     if is_burst:  # isinstance() would take 20 us
         burst = BurstRow(tree, step.rounds, step.num_more, descriptors)
         return cast(BurstRunner, runner).forward_burst(burst)

@@ -9,9 +9,8 @@ candidates to wait for; it reads no clock.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pipespec.config import Schedule
 from pipespec.estimates import DraftTimes, StepTimes
@@ -21,11 +20,11 @@ SEND_COST_S = 60e-6  # of a draft's loop, beside its forwards; measured on Linux
 FIRST_MOST = 16  # candidates to verify at once; more only after so many have been tried
 _COUNTS = (*range(9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, *(16 * n for n in range(5, 257)))
 _FEEDS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)  # of the extras, how many are thought of
+EXTRA_COST_S = 10e-6  # of loops and messages, for each token fed beside the own text
 MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
+class Situation(NamedTuple):
     """What a verifier faces: candidates at hand, the most it could use, the time in seconds."""
 
     num_candidates: int
@@ -33,8 +32,7 @@ class Situation:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """A forward over `query_length` tokens, `num_offered` of them candidates of the main path of
     which it accepted `num_accepted`, that took `seconds`, ended at `end_s` and added `num_emitted`
     tokens (0 if a verdict had overtaken it). num_left: candidates that follow them."""
@@ -49,8 +47,7 @@ class StepResult:
     end_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What a stage could feed in its next forward, and how many tokens that brings on average.
 
     own_length: tokens of its text and candidates (0: none may follow), worth `own_value` tokens.
@@ -235,11 +232,12 @@ class AdaptiveWait:
         for count in [*(each for each in _FEEDS if each < most), most]:
             if offer.own_length:
                 seconds = self._steps.estimate(offer.own_length + count) or 1.0
-                rate = (offer.own_value + sums[count]) / seconds
+                rate = (offer.own_value + sums[count]) / (seconds + count * EXTRA_COST_S)
                 if rate > best:
                     best, choice = rate, (True, count)
             if count and (offer.own_is_optional or not offer.own_length):
-                rate = sums[count] / (self._steps.estimate(count) or 1.0)
+                seconds = self._steps.estimate(count) or 1.0
+                rate = sums[count] / (seconds + count * EXTRA_COST_S)
                 if rate > best:
                     best, choice = rate, (False, count)
         return choice

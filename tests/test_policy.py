@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -110,7 +109,7 @@ def test_outcomes_are_fed_as_long_as_they_are_worth_the_longer_forward() -> None
 def test_an_own_token_that_will_hardly_be_accepted_makes_room_for_outcomes() -> None:
     offer = Offer(1, 0.01, (0.3, 0.2), own_is_optional=True, next_may_wait=False)
     assert steps_of(1.0, 1.2, 1.9).feed(offer) == (False, 2)
-    needed = replace(offer, own_is_optional=False)
+    needed = offer._replace(own_is_optional=False)
     assert steps_of(1.0, 1.2, 1.9).feed(needed) == (True, 2)
 
 

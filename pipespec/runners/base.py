@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 from pipespec.config import SamplingParams
+from pipespec.state.tail import TailToken as TailToken
 
 TAIL_ROWS: Final = 384  # of a slot beyond its context, for branches; a few MB with a large model
 
@@ -32,17 +33,6 @@ class Row:
     ids: Sequence[int]
     num_draws: int
     sampling: SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class TailToken:
-    """A token to feed beside a slot's text: it stands at absolute `position`, is stored in cache
-    row `row`, and follows what is stored in row `parent_row` (the text's are its positions)."""
-
-    token: int
-    position: int
-    row: int
-    parent_row: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,12 @@ forward has time for, a policy knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipespec.messages import Draft
 from pipespec.state.candidates import Twig
 from pipespec.state.outcomes import Branch
-from pipespec.state.tail import Feed
+from pipespec.state.tail import TailToken
 
 if TYPE_CHECKING:
     from pipespec.state.request import RequestState
@@ -49,12 +48,11 @@ def num_to_follow(request: RequestState, *, has_own: bool) -> int:
     return (min(request.role.batch, request.room) if has_own else request.role.batch) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Feeds:
+class Feeds(NamedTuple):
     """What is fed beside the own text, and who got a place: twigs first, each after what it
     follows. rounds: as of `Step`. reserved: the cache rows for these."""
 
-    tail: tuple[Feed, ...]
+    tail: tuple[TailToken, ...]
     twigs: tuple[Twig, ...]
     branches: tuple[Branch, ...]
     rounds: tuple[int, ...]
@@ -77,13 +75,13 @@ def place_feeds(
     num_rounds = len(reserved) // count if count else 0
     branches = sorted(branches, key=request.outcomes.num_left, reverse=True)
     length = len(request.seq)
-    feeds: list[Feed] = []
+    feeds: list[TailToken] = []
     row_of: dict[Twig, int] = {}
     for twig, row in zip(twigs, rows):
         row_of[twig] = row
         before = twig.before
         parent_row = length + before - 1 if isinstance(before, int) else row_of[before]
-        feeds.append(Feed(twig.token, length + twig.depth, row, parent_row))
+        feeds.append(TailToken(twig.token, length + twig.depth, row, parent_row))
     fed = branches[: len(rows) - len(feeds)]
     feeds += [request.outcomes.feed(branch, row) for branch, row in zip(fed, rows[len(feeds) :])]
     left = map(request.outcomes.num_left, fed) if num_more else ()

@@ -6,7 +6,6 @@ For what comes of it they count as one forward that had verified its own draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pipespec.state.outcomes import Outcomes, Ranked
 from pipespec.state.step import Step
@@ -56,5 +55,5 @@ class Burst:
             return last, draws
         fed = tuple(ranked[0] for ranked in self._drawn)
         first, draws = self.steps[0], [*self._drawn, *draws]
-        step = replace(last, start=first.start, ids=first.ids + fed, num_candidates=len(fed))
+        step = last._replace(start=first.start, ids=first.ids + fed, num_candidates=len(fed))
         return step, draws

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from pipespec.state.tail import Feed, TailRows
+from pipespec.state.tail import TailRows, TailToken
 
 Ranked = tuple[int, ...]  # token ids, best first
-LEAST_CHANCE = 0.01  # of a case; what is less likely is not looked at
+LEAST_CHANCE = 0.01  # of a case; what is less likely is not prepared
 LEAST_ALIVE = 0.002  # chance that a verdict accepts a token; what is less likely is not drafted
 
 
@@ -142,13 +142,17 @@ class Outcomes:
             found.append(branch)
         return found
 
-    def feed(self, branch: Branch, row: int) -> Feed:
+    def feed(self, branch: Branch, row: int) -> TailToken:
         """The branch's next token, to be stored in `row`."""
-        self.branches[branch.position, branch.tokens[0]] = branch
-        parent_row = branch.rows[-1] if branch.rows else branch.position - 1
-        position = branch.position + len(branch.rows)
-        branch.rows.append(row)
-        return Feed(branch.tokens[-1], position, row, parent_row)
+        rows, tokens, position = branch.rows, branch.tokens, branch.position
+        if rows:
+            parent_row = rows[-1]
+        else:
+            parent_row = position - 1
+            self.branches[position, tokens[0]] = branch
+        feed = TailToken(tokens[-1], position + len(rows), row, parent_row)
+        rows.append(row)
+        return feed
 
     def grow(self, branches: Iterable[Branch], draws: Iterable[Ranked]) -> None:
         """What was drawn after the token that each was last fed; again is as good as once."""
@@ -189,7 +193,8 @@ class Outcomes:
                 branch.num_sent = 0
 
     def unsent(self, sent: int, batch: int) -> list[Branch]:
-        """Branches with tokens that the next stage has not got, once they are worth a message.
+        """Branches that the next stage has not got, once they are worth a message. Each is sent
+        once: what it has grown by meanwhile is sent if its case occurs.
 
         sent: own tokens before it come first; the case that one is wrong comes after it.
         batch: so many tokens are worth a message.
@@ -197,11 +202,12 @@ class Outcomes:
         found = [
             branch
             for branch in self.branches.values()
-            if branch.position < sent and max(1, branch.num_sent) < len(branch.tokens)
+            if not branch.num_sent and branch.position < sent and len(branch.tokens) > 1
         ]
-        num_tokens = sum(len(branch.tokens) - branch.num_sent for branch in found)
+        if sum(len(branch.tokens) for branch in found) >= batch:
+            return found
         may_grow = any(map(self._goes_on, self.branches.values()))
-        return found if num_tokens >= batch or not may_grow else []
+        return [] if may_grow else found
 
     def adopt(self, branch: Branch) -> None:
         """The branch's case occurred; the own sequence now holds its tokens."""
@@ -219,17 +225,19 @@ class Outcomes:
         found: list[tuple[float, int, int]] = []
         agreement = self.stats.agreement
         shares = [self.stats.share(rank) for rank in range(self.budget.num_ranked)]
-        chance = 1.0 - agreement
+        chance, best_share = 1.0 - agreement, max(shares, default=0.0)
         for position in range(acked, min(end, self._limit - 2) + 1):
-            if chance < LEAST_CHANCE:
+            if chance * best_share < LEAST_CHANCE:
                 break
             for token, share in zip(self._alternatives.get(position, ()), shares):
+                value = chance * share
+                if value < LEAST_CHANCE:
+                    continue
                 branch = self.branches.get((position, token))
                 if branch is None and token not in self._eos:
-                    found.append((chance * share, position, token))
-                elif branch is not None and self._goes_on(branch):
-                    value = chance * share * agreement ** len(branch.rows)
                     found.append((value, position, token))
+                elif branch is not None and self._goes_on(branch):
+                    found.append((value * agreement ** len(branch.rows), position, token))
             chance *= agreement
         return found
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 from pipespec.messages import (
     Abort,
@@ -45,8 +45,7 @@ NUM_REMEMBERED = 1024  # finished requests whose late drafts are answered by Fin
 REFRESH_S = 5.0  # without a usable Draft from above for so long: send everything again
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What to do now: run `step`, or wait for messages, at most until `wake_at_s` if not None."""
 
     step: Step | None
@@ -158,7 +157,7 @@ class StageState:
         if self._unlearnt is None:
             return []
         (request, result), self._unlearnt = self._unlearnt, None
-        self.policy.on_step(replace(result, num_left=len(request.cands.main)))
+        self.policy.on_step(result._replace(num_left=len(request.cands.main)))
         self.role.batch = self.policy.batch if self.role.is_first else 1
         was_alone = self.role.is_alone
         self.role.is_alone = self.role.is_last and self.policy.is_alone

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from pipespec.config import Schedule
 from pipespec.state.candidates import Twig
 from pipespec.state.outcomes import Branch, Budget, RankStats
-from pipespec.state.tail import Feed
+from pipespec.state.tail import TailToken
 
 OUTPUT_EVERY_S: Final = 0.01  # to wake the launcher takes time of a core that a stage may need
 LEAST_AHEAD: Final = 4  # tokens that the next stage may wait for
@@ -86,8 +86,7 @@ class Role:
         return self.index == self.num_stages - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One forward to run: feed `ids` at position `start`, take the draws after the last
     `num_candidates + 1` of them. `base` is the position that the first draw is for.
 
@@ -103,7 +102,7 @@ class Step:
     ids: tuple[int, ...]
     num_candidates: int
     is_prefill: bool = False
-    tail: tuple[Feed, ...] = ()
+    tail: tuple[TailToken, ...] = ()
     twigs: tuple[Twig, ...] = ()
     branches: tuple[Branch, ...] = ()
     keep: tuple[int, ...] = ()

@@ -8,13 +8,12 @@ they are forgotten. Plain data: which rows are in use, not what is in them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """A token to feed beside the own text: it stands at `position`, goes to cache row `row`, and
-    follows what is stored in row `parent_row`."""
+class TailToken(NamedTuple):
+    """A token to feed beside the own text: it stands at absolute `position`, is stored in cache row
+    `row`, and follows what is stored in row `parent_row` (the text's are its positions)."""
 
     token: int
     position: int
@@ -40,13 +39,12 @@ class TailRows:
         row `first` on and before `end`; fewer, if there are not so many."""
         count = min(count, self.num_free)
         start, best = first, range(0)
-        for row in range(first, end):
+        for row in (*sorted(used for used in self._used if first <= used < end), end):
+            if row - start > len(best):
+                best = range(start, min(row, start + count))
             if len(best) == count:
                 break
-            if row in self._used:
-                start = row + 1
-            elif row + 1 - start > len(best):
-                best = range(start, row + 1)
+            start = row + 1
         self._used.update(best)
         return best
 

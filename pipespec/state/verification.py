@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipespec.state.candidates import Twig
 from pipespec.state.outcomes import Ranked
 from pipespec.state.step import Step
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(NamedTuple):
     """draws: for each accepted candidate the draw that says so, and after the last of them the
     stage's own token. num_main: accepted candidates of the main path. rows: cache rows of those
     beside it, that were accepted after them."""
