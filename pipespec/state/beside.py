@@ -24,12 +24,13 @@ def offers_beside(request: RequestState, most: int) -> list[Twig | Branch]:
     `most` candidates: best first, parents before children."""
     if not request.rows.count or request.is_prefill:
         return []
-    num_candidates = request.num_usable(most) if request.can_step else 0
-    end = len(request.seq) if request.can_step else request.kv_valid
-    num_more = num_to_follow(request, has_own=True) if request.can_step else 0
+    can_step = request.can_step
+    num_candidates = request.num_usable(most) if can_step else 0
+    end = len(request.seq) if can_step else request.kv_valid
+    num_more = num_to_follow(request, has_own=True) if can_step else 0
     request.outcomes.make_room(end + num_candidates + num_more)
     found: list[Twig | Branch] = []
-    if request.can_step and request.role.max_twigs:
+    if can_step and request.role.max_twigs:
         stats = request.candidate_stats
         found += request.cands.twigs(
             num_candidates, request.role.max_twigs, request.room - 1, stats.agreement, stats.share

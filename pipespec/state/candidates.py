@@ -123,19 +123,22 @@ class Candidates:
 
         is_own: it is of the drafter's own text, and so comes before what was only prepared.
         """
-        child = next((child for child in node.children if child.token == token), None)
-        if child is None:
-            if len(self) >= self._most:
+        children = node.children
+        for child in children:
+            if child.token == token:
+                break
+        else:
+            if len(self._nodes) > self._most:
                 return None
             child = Node(token, extend(node.prefix_hash, token))
-            node.children.append(child)
+            children.append(child)
             self._nodes[child.prefix_hash] = child
             if node is self._end:
                 self._end = child
                 self.main.append(token)
-        if is_own and child is not node.children[0]:
-            node.children.remove(child)
-            node.children.insert(0, child)
+        if is_own and child is not children[0]:
+            children.remove(child)
+            children.insert(0, child)
             self.main = list(self._first_path(self.root))
         return child
 
@@ -165,6 +168,7 @@ class Candidates:
         self._end = node
 
     def _forget(self, node: Node) -> None:
-        del self._nodes[node.prefix_hash]
-        for child in node.children:
-            self._forget(child)
+        dead = [node]
+        for node in dead:
+            del self._nodes[node.prefix_hash]
+            dead += node.children

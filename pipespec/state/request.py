@@ -153,7 +153,9 @@ class RequestState:
             self.drafter_stopped = draft.last
         for token, parent in zip(draft.tokens[num_own:], draft.parents):
             follows = places[parent] if parent >= 0 else before
-            places.append(self._follow(follows, token, is_own=False))
+            if follows is not None:
+                follows = self._follow(follows, token, is_own=False)
+            places.append(follows)
         return True
 
     def on_verdict(self, verdict: Verdict) -> list[Outgoing]:
@@ -327,15 +329,14 @@ class RequestState:
     def _follow(self, before: int | Node | None, token: int, *, is_own: bool) -> int | Node | None:
         """Where a drafted token is, given what it follows; None: nowhere (the verdict that says so
         is on its way already, or there is no room)."""
-        if isinstance(before, int):
-            if self.seq[before] != token:
-                return None
-            return before + 1 if before + 1 < len(self.seq) else self.cands.root
-        if before is None:
+        if isinstance(before, Node):
+            node = self.cands.add(before, token, is_own=is_own)
+            if node is None:
+                self.counts.num_overflows += 1
+            return node
+        if before is None or self.seq[before] != token:
             return None
-        node = self.cands.add(before, token, is_own=is_own)
-        self.counts.num_overflows += node is None
-        return node
+        return before + 1 if before + 1 < len(self.seq) else self.cands.root
 
     def _append(self, token: int) -> None:
         self.seq.append(token)

@@ -272,12 +272,12 @@ class StageState:
     # -- parts ------------------------------------------------------------------------------
 
     def _begin_step(self, request: RequestState) -> Step | None:
-        most = self.policy.use(len(request.cands.main))
+        most, can_step = self.policy.use(len(request.cands.main)), request.can_step
         extras = offers_beside(request, most)
         if not extras:
             return request.begin_step(most)
         own_length, own_value, next_may_wait = 0, 0.0, False
-        if request.can_step:
+        if can_step:
             num_candidates = request.num_usable(most)
             own_length = max(1, len(request.seq) - request.kv_valid) + num_candidates
             own_value = expected_tokens(request.candidate_stats.agreement, num_candidates)

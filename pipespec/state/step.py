@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from pipespec.config import Schedule
@@ -45,6 +45,11 @@ class Role:
     least_ahead: int = 1 << 30
     output_every_s: float = 0.0
     is_alone: bool = False
+    is_first: bool = field(init=False)
+    is_last: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_first, self.is_last = self.index == 0, self.index == self.num_stages - 1
 
     @classmethod
     def of(
@@ -76,14 +81,6 @@ class Role:
     def worth_drafting(self, stats: RankStats) -> int:
         """How many tokens ahead of the last verdict are of use, as verdicts have been."""
         return min(self.run_ahead, max(self.least_ahead, stats.num_alive()))
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
 
 
 class Step(NamedTuple):
