@@ -118,8 +118,8 @@ MUTANTS = {
     ),
     "a burst that forgets what it fed": Mutant(
         burst,
-        "step = replace(last, start=first.start, ids=first.ids + fed, num_candidates=len(fed))",
-        "step = replace(last, start=first.start, ids=first.ids + fed)",
+        "step = last._replace(start=first.start, ids=first.ids + fed, num_candidates=len(fed))",
+        "step = last._replace(start=first.start, ids=first.ids + fed)",
         scenario.RELIABLE,
         ("draws are used only on their own context",),
     ),
