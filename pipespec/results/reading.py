@@ -51,7 +51,7 @@ def load_results(path: Path) -> RunFile:
     metadata, results = content.get("metadata"), content.get("results")
     if not isinstance(metadata, dict) or not isinstance(results, list):
         raise DataError(f'{path} is not a result file: it lacks "metadata" or "results"')
-    _check_metadata(path, metadata)
+    check_metadata(path, metadata)
     for position, result in enumerate(results):
         problem = result_problem(result)
         if problem:
@@ -83,7 +83,7 @@ def read_partial(path: Path) -> PartialFile:
             results[result["sample_index"]] = to_json(result)
         num_bytes += len(line)
     if metadata is not None:
-        _check_metadata(path, metadata)
+        check_metadata(path, metadata)
     return PartialFile(metadata, results, num_bytes)
 
 
@@ -128,7 +128,12 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise DataError(f"{path} line {number} is damaged; --force starts the run over")
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+def check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Whether a result file may have these metadata.
+
+    Raises:
+        DataError: it may not; names the file.
+    """
     if not isinstance(metadata.get("strategy"), str):
         raise DataError(f'{path} is not a result file: it has no text "metadata.strategy"')
     models = metadata.get("model_configs")
