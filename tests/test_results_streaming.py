@@ -126,10 +126,7 @@ def test_the_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with path.open("w") as file:
         file.write('{"metadata":' + json.dumps(METADATA) + ',"results":[')
         for index in range(3000):
-            file.write(
-                (",\n" if index else "")
-                + one.replace('"sample_index": 0', f'"sample_index": {index}')
-            )
+            file.write((",\n" if index else "") + json.dumps(sample(index, text)))
         file.write("]}")
     assert path.stat().st_size > 60_000_000
     code = (
