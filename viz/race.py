@@ -19,8 +19,8 @@ from pipespec.comparison.measures import Row, table_rows
 from pipespec.comparison.record import Record, load
 from pipespec.comparison.tables import HEADLINES, extent, label, model_names, what_it_is
 from pipespec.errors import DataError
+from pipespec.results.labels import COLORS
 from viz.pictures import check_output, save
-from viz.strategy_comparison import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

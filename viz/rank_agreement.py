@@ -24,9 +24,9 @@ from pipespec.emulation.oracle import DEMO_RANK_EXPONENT
 from pipespec.errors import UsageError
 from pipespec.planning.search import CHAIN_LOOKAHEADS
 from pipespec.planning.system import Choice, System, emulated_system
+from pipespec.results.labels import COLORS
 from pipespec.simulate.prediction import Prediction, Workload, emulations_of
 from viz.pictures import check_output, save
-from viz.strategy_comparison import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,22 +13,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
-from pipespec.config import STRATEGIES
 from pipespec.errors import DataError
 from pipespec.metrics import speed_up, summarise
-from pipespec.results import RunFile, load_results
+from pipespec.results import RunFile, find_files, load_results
+from pipespec.results.labels import COLORS, OTHER_COLOR, comparison_key, run_label, run_order
 from viz.pictures import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLORS: Final = {"greedy": "#7f7f7f", "chain": "#e08214", "async-chain": "#2166ac"}
-OTHER_COLOR: Final = "#4d9221"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +65,6 @@ def _main(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The files that `paths` name; of a folder, its `.json` files.
-
-    Raises:
-        DataError: a folder without any.
-    """
-    files: list[Path] = []
-    for path in paths:
-        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        if not inside:
-            raise DataError(f"{path} holds no .json file")
-        files += inside
-    return files
-
-
 def read_bars(files: Iterable[Path]) -> list[Bar]:
     """One bar a file; strategies together, then by models and lookahead.
 
@@ -90,10 +72,15 @@ def read_bars(files: Iterable[Path]) -> list[Bar]:
         DataError: a file that is no result file, or has no samples.
     """
     runs = [(path, load_results(path)) for path in files]
-    baselines = {_target(run): run for _, run in runs if run.metadata["strategy"] == "greedy"}
+    baselines = {
+        comparison_key(run.metadata): run for _, run in runs if run.metadata["strategy"] == "greedy"
+    }
     num_datasets = len({run.metadata.get("dataset") for _, run in runs})
-    runs.sort(key=lambda item: _rank(item[1]))
-    return [_bar(path, run, baselines.get(_target(run)), num_datasets > 1) for path, run in runs]
+    runs.sort(key=lambda item: run_order(item[1].metadata))
+    return [
+        _bar(path, run, baselines.get(comparison_key(run.metadata)), num_datasets > 1)
+        for path, run in runs
+    ]
 
 
 def draw(bars: Sequence[Bar]) -> Figure:
@@ -143,45 +130,13 @@ def _bar(path: Path, run: RunFile, baseline: RunFile | None, name_dataset: bool)
         raise DataError(f"{path} has no samples that took any time; leave it out")
     return Bar(
         strategy=run.metadata["strategy"],
-        label=_label(run, name_dataset),
+        label=run_label(run.metadata, name_dataset=name_dataset),
         tokens_per_s=tokens_per_s,
         sample_rates=tuple(
             rate for result in run.results if (rate := summarise([result]).tokens_per_s) is not None
         ),
         speed_up=None if baseline is None else speed_up(run.results, baseline.results).speed_up,
     )
-
-
-def _models(run: RunFile) -> tuple[str, ...]:
-    """Short names. A greedy file of the original lists all models; the last one ran."""
-    paths = [str(model.get("path", "?")).rstrip("/") for model in run.metadata["model_configs"]]
-    names = tuple(path.rsplit("/", 1)[-1] for path in paths)
-    return names[-1:] if run.metadata["strategy"] == "greedy" else names
-
-
-def _target(run: RunFile) -> tuple[str, str]:
-    return (str(run.metadata.get("dataset")), _models(run)[-1])
-
-
-def _lookahead(run: RunFile) -> int:
-    value = run.metadata.get("lookahead")
-    return value if isinstance(value, int) else 0
-
-
-def _rank(run: RunFile) -> tuple[str, int, tuple[str, ...], int]:
-    strategy = run.metadata["strategy"]
-    place = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
-    return (str(run.metadata.get("dataset")), place, _models(run), _lookahead(run))
-
-
-def _label(run: RunFile, name_dataset: bool) -> str:
-    parts = [str(run.metadata["strategy"]), " > ".join(_models(run))]
-    if run.metadata["strategy"] != "greedy":
-        is_auto = run.metadata.get("lookahead_mode") == "auto"
-        parts.append("auto" if is_auto else f"lookahead {_lookahead(run)}")
-    if name_dataset:
-        parts.append(str(run.metadata.get("dataset")))
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

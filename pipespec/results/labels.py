@@ -1,0 +1,76 @@
+"""What a run is called in tables and pictures: from its metadata alone, never from a file's name.
+
+Works on PipeSpec's metadata and the original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pipespec.config import STRATEGIES
+
+# Told apart by everybody, and in grey by their lightness (Okabe and Ito's colours).
+COLORS: Final[Mapping[str, str]] = {
+    "greedy": "#7f7f7f",
+    "chain": "#e69f00",
+    "async-chain": "#0072b2",
+}
+OTHER_COLOR: Final = "#009e73"
+
+Metadata = Mapping[str, Any]
+
+
+def model_names(metadata: Metadata) -> tuple[str, ...]:
+    """Short names of the models that ran, first draft first. A greedy file of the original lists
+    all models; the last one ran."""
+    models = metadata["model_configs"]
+    paths = [str(model.get("path", "?")).rstrip("/") for model in models] or ["?"]
+    names = tuple(path.rsplit("/", 1)[-1] for path in paths)
+    return names[-1:] if metadata["strategy"] == "greedy" else names
+
+
+def dataset_name(metadata: Metadata) -> str:
+    """The last part of what the data set was called."""
+    return str(metadata.get("dataset") or "?").rstrip("/").rsplit("/", 1)[-1]
+
+
+def comparison_key(metadata: Metadata) -> tuple[str, str]:
+    """Runs are compared if these are alike: the data set and the target."""
+    return dataset_name(metadata), model_names(metadata)[-1]
+
+
+def lookahead(metadata: Metadata) -> int:
+    """As set, or as the policy's choice came out on average."""
+    value = metadata.get("lookahead")
+    return value if isinstance(value, int) else 0
+
+
+def lookahead_text(metadata: Metadata) -> str:
+    """ "auto", a number, or "-" for greedy."""
+    if metadata["strategy"] == "greedy":
+        return "-"
+    return "auto" if metadata.get("lookahead_mode") == "auto" else str(lookahead(metadata))
+
+
+def run_order(metadata: Metadata) -> tuple[str, int, tuple[str, ...], int]:
+    """For sorting: by data set, strategy, models, lookahead."""
+    strategy = metadata["strategy"]
+    place = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+    return dataset_name(metadata), place, model_names(metadata), lookahead(metadata)
+
+
+def run_label(metadata: Metadata, *, name_dataset: bool = False) -> str:
+    """One line: strategy, models and, where there is one, lookahead."""
+    parts = [str(metadata["strategy"]), " > ".join(model_names(metadata))]
+    if metadata["strategy"] != "greedy":
+        text = lookahead_text(metadata)
+        parts.append(text if text == "auto" else f"lookahead {text}")
+    if name_dataset:
+        parts.append(dataset_name(metadata))
+    return ", ".join(parts)
+
+
+def run_color(metadata: Metadata) -> str:
+    """Of the strategy."""
+    return COLORS.get(metadata["strategy"], OTHER_COLOR)
