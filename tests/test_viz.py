@@ -107,7 +107,7 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for flags, named in (
         ([str(tmp_path / "empty")], "has no .json files"),
         ([str(tmp_path / "other.json")], "other.json is not a result file"),
-        ([str(tmp_path / "nowhere.json")], "nowhere.json: No such file"),
+        ([str(tmp_path / "nowhere.json")], "no file or folder"),
         ([str(tmp_path), "--output", "picture.bmp"], "must end in .png"),
     ):
         assert main(flags) == 2
