@@ -9,12 +9,14 @@ import contextlib
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipespec.commands.arguments import (
     Parser,
     add_engine_arguments,
     add_generation_arguments,
     add_input_arguments,
+    add_trace_argument,
 )
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, library_errors, run_command
@@ -26,6 +28,7 @@ from pipespec.commands.settings import (
     open_models,
     read_settings,
 )
+from pipespec.commands.tracing import noted, tracing
 from pipespec.config import STRATEGIES
 from pipespec.decoding import Generation, Hierarchy
 from pipespec.errors import DataError, UsageError
@@ -53,6 +56,7 @@ def make_parser() -> Parser:
     group.add_argument("--prompt", metavar="TEXT", help="this text instead of a sample")
     add_generation_arguments(parser)
     add_engine_arguments(parser, DEFAULT_READY_TIMEOUT_S)
+    add_trace_argument(parser)
     return parser
 
 
@@ -64,11 +68,14 @@ def _run_example(options: Namespace) -> int:
     (strategy,) = settings.strategies
     with contextlib.ExitStack() as models:
         models.enter_context(library_errors(strategy))
+        trace = models.enter_context(tracing(options.trace, display))
+        settings = replace(settings, trace=trace)
         with display.loading(strategy, settings.models) as on_progress:
             decoder = open_decoder(strategy, hierarchy, settings, on_progress)
             models.callback(decoder.close)
         make_console().print(prompt.text, style="dim", end="", markup=False, soft_wrap=True)
-        output = decoder.generate(prompt.ids, settings.generation, _write)
+        with noted(trace, f"sample {prompt.index}"):
+            output = decoder.generate(prompt.ids, settings.generation, _write)
         _write("\n")
     display.line("")
     display.line(describe(strategy, output))

@@ -21,7 +21,7 @@ LAYERS = (
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),
     ("runners", "data", "demo"),
-    ("forwards",),
+    ("forwards", "trace"),
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
@@ -32,7 +32,7 @@ LAYERS = (
     ),
 )
 # Commands that live beside what they are about; nothing may import them.
-COMMANDS = ("demo.train", "demo.evaluate", "comparison.published")
+COMMANDS = ("demo.train", "demo.evaluate", "comparison.published", "trace.__main__")
 LEVEL = {name: level for level, names in enumerate((*LAYERS, COMMANDS)) for name in names}
 
 
@@ -81,7 +81,7 @@ LIGHT = (
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
     *("pipespec.demo.train", "pipespec.demo.evaluate"),
-    "pipespec.planning.meter",
+    *("pipespec.planning.meter", "pipespec.trace", "pipespec.trace.__main__"),
 )
 
 
