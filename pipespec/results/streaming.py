@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from pipespec.errors import DataError
+from pipespec.errors import DataError, NothingLeftError
 from pipespec.results.reading import check_metadata, result_problem
 
 T = TypeVar("T")
@@ -47,7 +47,8 @@ def read_runs(
         on_skip: is told in one line which file is passed over, and why.
 
     Raises:
-        DataError: nothing was left, or a path does not exist.
+        NothingLeftError: no file could be used.
+        DataError: a path does not exist.
     """
     runs: list[RunExtract[T]] = []
     files = find_files(paths)
@@ -57,7 +58,9 @@ def read_runs(
         except DataError as error:
             on_skip(f"passed over: {error}")
     if not runs:
-        raise DataError(f"none of {len(files)} files could be used; pass a folder of result files")
+        raise NothingLeftError(
+            f"none of {len(files)} files could be used; pass a folder of result files"
+        )
     return runs
 
 

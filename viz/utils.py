@@ -1,0 +1,262 @@
+"""What every script here shares: command line, reading, style, saving.
+
+A script is `python viz/NAME.py RESULTS_FOLDER [--output-dir figures] [--format pdf,png]`, or
+`python -m viz.NAME`. It keeps of each sample what it draws (`read`), draws in one style (`style`)
+at the width of a column or of a page, and writes every format that was asked for (`Output.save`).
+What a run is called and how it looks comes from its metadata (`results.labels`). No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from pipespec.commands.arguments import Parser
+from pipespec.errors import DataError, NothingLeftError, UsageError
+from pipespec.results import ensure_writable, ensure_writable_file
+from pipespec.results.labels import Metadata, model_names, run_color
+from pipespec.results.streaming import RunExtract, read_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+FORMATS: Final = ("png", "pdf", "svg")
+DPI: Final = 200
+COLUMN_WIDTH: Final = 3.3  # inches, of a page with two columns
+PAGE_WIDTH: Final = 6.9
+
+_FONTS: Final = {"pdf.fonttype": 42}  # TrueType, which publishers accept and editors can edit
+_STYLE: Final[Mapping[str, Any]] = {
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 2.4,
+    "figure.titlesize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.5,
+    "savefig.dpi": DPI,
+    **_FONTS,
+}
+_LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
+_HATCHES: Final = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo")
+
+
+# -- command line ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where pictures go, and in which formats."""
+
+    folder: Path
+    formats: tuple[str, ...]
+
+    def save(self, figure: Figure, name: str) -> None:
+        """Writes `name` in every format and prints a line for each file.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        with style():  # ticks are made when a figure is written
+            for form in self.formats:
+                path = self.folder / f"{name}.{form}"
+                save(figure, path, "--output-dir")
+                print(path)
+
+
+def make_parser(name: str, description: str) -> Parser:
+    """A parser of the arguments that all scripts have; a script adds its own."""
+    parser = Parser(prog=f"python viz/{name}.py", description=description)
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS_FOLDER",
+        help="folders of result files, or such files",
+    )
+    add_output_arguments(parser)
+    return parser
+
+
+def add_output_arguments(parser: Parser) -> None:
+    """Where to write what; `open_output` reads it."""
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("figures"), metavar="DIR", help="for the pictures"
+    )
+    parser.add_argument(
+        "--format",
+        default="pdf,png",
+        metavar="LIST",
+        help=f"of {', '.join(FORMATS)}, separated by commas",
+    )
+
+
+def open_output(options: argparse.Namespace) -> Output:
+    """Where `options` want the pictures; refused before any work is done if they cannot go there.
+
+    Raises:
+        UsageError: an unknown format, or a folder that cannot be written to.
+    """
+    formats = tuple(dict.fromkeys(str(options.format).replace(" ", "").split(",")))
+    for form in formats:
+        if form not in FORMATS:
+            raise UsageError(f"--format is {options.format}; it may name {', '.join(FORMATS)}")
+    ensure_writable(options.output_dir)
+    return Output(options.output_dir, formats)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a single file that no picture can be written to, before any work is done.
+
+    Raises:
+        UsageError: another ending than those of `FORMATS`, or it cannot be written.
+    """
+    if output.suffix.removeprefix(".") not in FORMATS:
+        endings = ", ".join(f".{form}" for form in FORMATS)
+        raise UsageError(f"--output is {output}; it must end in {endings}")
+    ensure_writable_file(output, "--output")
+
+
+def save(figure: Figure, output: Path, flag: str = "--output") -> None:
+    """Writes a figure to one file; `flag` is to blame if that fails.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    import matplotlib
+
+    try:
+        with matplotlib.rc_context(_FONTS):
+            figure.savefig(output, dpi=DPI)
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot write {output} ({error.strerror})") from error
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+def read(
+    paths: Iterable[Path],
+    keep: Callable[[Mapping[str, Any]], T],
+    of_run: Callable[[RunExtract[T]], D],
+) -> list[D]:
+    """What is drawn of each run, in the order of the files. Files that cannot be used are passed
+    over, each with a line on stderr.
+
+    Args:
+        keep: what is kept of a sample, as for `results.streaming.read_runs`.
+        of_run: what is drawn of a run; a DataError says why it cannot be.
+
+    Raises:
+        NothingLeftError: no file could be used.
+        DataError: a path does not exist.
+    """
+    drawn: list[D] = []
+    runs = read_runs(paths, keep, pass_over)
+    for run in runs:
+        try:
+            drawn.append(of_run(run))
+        except DataError as error:
+            pass_over(f"passed over: {error}")
+    if not drawn:
+        raise NothingLeftError(f"none of {len(runs)} runs has what this picture shows")
+    return drawn
+
+
+def pass_over(line: str) -> None:
+    """Says on stderr what is left out, and why."""
+    print(line, file=sys.stderr)
+
+
+# -- style ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Figures that are made in this context have the style of all pictures."""
+    import matplotlib
+
+    with matplotlib.rc_context(dict(_STYLE)):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How the runs of one strategy and models are drawn: never told apart by colour alone."""
+
+    color: str
+    line: Any
+    marker: str
+    hatch: str
+
+
+def looks(all_metadata: Iterable[Metadata]) -> Callable[[Metadata], Look]:
+    """The look of each run of a picture: the colour is the strategy's, the rest says which models,
+    in the order in which they come."""
+    seen: dict[str, list[tuple[str, ...]]] = {}
+    for metadata in all_metadata:
+        names = seen.setdefault(metadata["strategy"], [])
+        if model_names(metadata) not in names:
+            names.append(model_names(metadata))
+    first = {strategy: place for place, strategy in enumerate(sorted(seen))}
+
+    def look(metadata: Metadata) -> Look:
+        strategy = metadata["strategy"]
+        place = first[strategy] + seen[strategy].index(model_names(metadata))
+        return Look(
+            run_color(metadata),
+            _LINES[place % len(_LINES)],
+            _MARKERS[place % len(_MARKERS)],
+            _HATCHES[place % len(_HATCHES)],
+        )
+
+    return look
+
+
+def make_panels(
+    num_panels: int, panel_height: float = 2.2, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of one panel at the width of a column, or of several at that of a page, two beside
+    each other. options: of `Figure.subplots`."""
+    from matplotlib.figure import Figure
+
+    num_columns = min(num_panels, 2)
+    num_rows = -(-num_panels // 2)
+    width = COLUMN_WIDTH if num_columns == 1 else PAGE_WIDTH
+    figure = Figure(figsize=(width, panel_height * num_rows))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, **options)
+    panels = list(grid.flat)
+    for unused in panels[num_panels:]:
+        unused.remove()
+    return figure, panels[:num_panels]
+
+
+def groups(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Items by key, in the order in which the keys come."""
+    found: dict[Any, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
