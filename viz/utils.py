@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pipespec.commands.arguments import Parser
-from pipespec.errors import DataError, NothingLeftError, UsageError
+from pipespec.errors import NothingLeftError, UsageError
 from pipespec.results import ensure_writable, ensure_writable_file
-from pipespec.results.labels import Metadata, model_names, run_color
-from pipespec.results.streaming import RunExtract, read_runs
+from pipespec.results.labels import Metadata, comparison_key, model_names, run_color, run_order
+from pipespec.results.streaming import MISFITS, misfit, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-D = TypeVar("D")
 
 FORMATS: Final = ("png", "pdf", "svg")
 DPI: Final = 200
@@ -158,32 +158,88 @@ def save(figure: Figure, output: Path, flag: str = "--output") -> None:
 # -- reading --------------------------------------------------------------------------------
 
 
-def read(
-    paths: Iterable[Path],
-    keep: Callable[[Mapping[str, Any]], T],
-    of_run: Callable[[RunExtract[T]], D],
-) -> list[D]:
-    """What is drawn of each run, in the order of the files. Files that cannot be used are passed
-    over, each with a line on stderr.
+@dataclass(frozen=True, slots=True)
+class Run(Generic[T]):
+    """What is kept of a run. samples: what `keep` gave for each; num_tokens: of all of them, at
+    least 1; total_time_s: above 0."""
+
+    path: Path
+    metadata: Metadata
+    samples: tuple[T, ...]
+    num_tokens: int
+    total_time_s: float
+
+    @property
+    def ms_per_token(self) -> float:
+        return self.total_time_s / self.num_tokens * 1000
+
+
+def read(paths: Iterable[Path], keep: Callable[[Mapping[str, Any]], T]) -> list[Run[T]]:
+    """The runs in files and folders, sorted by data set, strategy, models and lookahead. Files that
+    cannot be used, and runs without a token, are passed over, each with a line on stderr.
 
     Args:
         keep: what is kept of a sample, as for `results.streaming.read_runs`.
-        of_run: what is drawn of a run; a DataError says why it cannot be.
 
     Raises:
         NothingLeftError: no file could be used.
         DataError: a path does not exist.
     """
-    drawn: list[D] = []
-    runs = read_runs(paths, keep, pass_over)
+    extracts = read_runs(paths, lambda result: (*_totals(result), keep(result)), pass_over)
+    runs = [
+        Run(
+            extract.path,
+            extract.metadata,
+            tuple(kept for _, _, kept in extract.samples),
+            sum(num_tokens for num_tokens, _, _ in extract.samples),
+            sum(seconds for _, seconds, _ in extract.samples),
+        )
+        for extract in extracts
+    ]
+    runs.sort(key=lambda run: run_order(run.metadata))
+    return usable(runs, lambda run: None if run.num_tokens and run.total_time_s else "has no token")
+
+
+def usable(runs: Iterable[Run[T]], problem: Callable[[Run[T]], str | None]) -> list[Run[T]]:
+    """The runs that have no `problem`; the others are passed over, each with a line on stderr.
+
+    Raises:
+        NothingLeftError: none is left.
+    """
+    left: list[Run[T]] = []
     for run in runs:
         try:
-            drawn.append(of_run(run))
-        except DataError as error:
-            pass_over(f"passed over: {error}")
-    if not drawn:
-        raise NothingLeftError(f"none of {len(runs)} runs has what this picture shows")
-    return drawn
+            reason = problem(run)
+        except MISFITS as error:
+            reason = misfit(error)
+        if reason is None:
+            left.append(run)
+        else:
+            pass_over(f"passed over: {run.path} {reason}")
+    if not left:
+        raise NothingLeftError("none of these runs has what this picture shows")
+    return left
+
+
+def fastest(runs: Iterable[Run[T]], key: Callable[[Metadata], Any]) -> list[Run[T]]:
+    """Of the runs of each data set and target that are alike in `key`, the one with the fewest
+    milliseconds a token."""
+    alike = groups(runs, lambda run: (comparison_key(run.metadata), key(run.metadata)))
+    return [min(found, key=lambda run: run.ms_per_token) for found in alike.values()]
+
+
+def by_target(runs: Iterable[Run[T]]) -> dict[str, list[Run[T]]]:
+    """Runs that can be compared, by the title of the panel that has them."""
+    return groups(runs, lambda run: "{}, target {}".format(*comparison_key(run.metadata)))
+
+
+def _totals(result: Mapping[str, Any]) -> tuple[int, float]:
+    """Output tokens and seconds of a sample."""
+    metrics = result["metrics"]
+    num_tokens, seconds = metrics["tokens_generated"], metrics["total_time"]
+    if not (math.isfinite(seconds) and seconds >= 0 and num_tokens >= 0):
+        raise ValueError(f"says {num_tokens} tokens in {seconds} s")
+    return int(num_tokens), float(seconds)
 
 
 def pass_over(line: str) -> None:
