@@ -43,6 +43,7 @@ _STYLE: Final[Mapping[str, Any]] = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
+    "legend.title_fontsize": 8,
     "legend.frameon": False,
     "legend.handlelength": 2.4,
     "figure.titlesize": 8,
@@ -308,6 +309,24 @@ def make_panels(
     for unused in panels[num_panels:]:
         unused.remove()
     return figure, panels[:num_panels]
+
+
+def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
+    """A panel's title and, below it, its legend; both above the axes, where they hide nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        axes.set_title(title)
+        return
+    axes.legend(
+        handles,
+        labels,
+        title=title,
+        ncols=num_columns,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        borderaxespad=0.2,
+        columnspacing=1.2,
+    )
 
 
 def groups(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
