@@ -190,14 +190,15 @@ def histogram(runs: Sequence[Run[Counter[int]]], in_picture: Sequence[Run[Any]])
 
 
 def draw_values(axes: Axes, shown: Values, title: str, what: str) -> None:
-    """Bars beside each other, or, of many runs, a table in colours."""
+    """Bars beside each other, or, of many runs, a table in colours. No title: nor a legend."""
     if len(shown.values) <= MOST_BARS:
         _draw_bars(axes, shown)
         axes.set_ylabel(what)
-        add_head(axes, title, 1 if axes.figure.get_figwidth() < PAGE_WIDTH else 2)  # type: ignore[union-attr]
+        if title:
+            add_head(axes, title, 1 if axes.figure.get_figwidth() < PAGE_WIDTH else 2)  # type: ignore[union-attr]
     else:
         _draw_table(axes, shown)
-        axes.set_title(f"{title}: {what}")
+        axes.set_title(f"{title}: {what}" if title else what)
     axes.set_xticks(range(len(shown.bins)), [found.label for found in shown.bins])
 
 
