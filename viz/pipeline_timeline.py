@@ -3,8 +3,10 @@
     python viz/pipeline_timeline.py TRACE_OR_RESULTS... [--sample N] [--start S --end S]
 
 From a trace (`--trace` of the benchmark and of run_example) the strategies that it holds; from
-result files the fastest run of each strategy. All on one scale of time. Without `--start` and
-`--end`: the target's first steps after its prefill, in the panel where they were over first.
+result files the fastest run of each strategy. All on one scale of time, which begins where the
+target's prefill ends and the first token is there. Without `--start` and
+`--end`: the target's first steps after its prefill, until the first of the panels is done with
+them.
 
 A forward is coloured to the height of its share that was rejected: of a draft, tokens that a
 rollback removed; of the target, candidates that it did not accept. The number below a step of the
@@ -75,8 +77,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         "Draws what every model did when, from traces or result files, or folders of them.",
     )
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="index in the data set")
-    parser.add_argument("--start", type=float, metavar="S", help="seconds since the request")
-    parser.add_argument("--end", type=float, metavar="S", help="seconds since the request")
+    parser.add_argument(
+        "--start", type=float, metavar="S", help="seconds since the target's prefill"
+    )
+    parser.add_argument("--end", type=float, metavar="S", help=clock)
     parser.add_argument(
         "--page", action="store_true", help="at the width of a page, with more steps"
     )
@@ -129,7 +133,7 @@ def _of_trace(path: Path, sample: int) -> list[Timeline]:
     content = read_trace(path)
     if problems := find_problems(content["traceEvents"]):
         raise DataError(f"{problems[0]}; python -m pipespec.trace lists all problems")
-    return read_timelines(content, sample)
+    return [timeline.since_prefill() for timeline in read_timelines(content, sample)]
 
 
 def _of_results(files: Sequence[Path], sample: int) -> dict[str, list[Timeline]]:
@@ -144,8 +148,8 @@ def _of_results(files: Sequence[Path], sample: int) -> dict[str, list[Timeline]]
         try:
             if not found:
                 raise ValueError(f"has no sample {sample}; name another with --sample")
-            timeline = timeline_of(_title(run.metadata), run.metadata, found[0])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            timeline = timeline_of(_title(run.metadata), run.metadata, found[0]).since_prefill()
+        except (KeyError, TypeError, ValueError, IndexError, DataError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             pass_over(f"passed over: {run.path} {what}")
         else:
@@ -169,17 +173,16 @@ def _title(metadata: Metadata) -> str:
 def find_window(
     timelines: Sequence[Timeline], start_s: float | None, end_s: float | None, num_steps: int
 ) -> tuple[float, float]:
-    """What is drawn; seconds since the request.
+    """What is drawn; seconds since the target's prefill.
 
     Raises:
         UsageError: nothing can lie between start and end.
     """
-    windows = [timeline.first_steps(num_steps) for timeline in timelines]
-    begin_s = min(start for start, _ in windows) if start_s is None else start_s
-    length_s = min(end - start for start, end in windows)
+    begin_s = 0.0 if start_s is None else start_s
+    length_s = min(timeline.end_of_steps(num_steps) for timeline in timelines)
     stop_s = begin_s + length_s if end_s is None else end_s
-    if not 0 <= begin_s < stop_s:
-        raise UsageError(f"--start is {begin_s:g} and --end is {stop_s:g}; name 0 <= start < end")
+    if not begin_s < stop_s:
+        raise UsageError(f"--start is {begin_s:g} and --end {stop_s:g}; it must come after it")
     return begin_s, stop_s
 
 
@@ -201,7 +204,7 @@ def draw(timelines: Sequence[Timeline], window_s: tuple[float, float], width: fl
         _draw_panel(axes, timeline, window_s)
         labels = [names[lane.name] for lane in timeline.lanes]
         axes.set_yticks(range(len(timeline.lanes)), labels)
-    panels[-1].set_xlabel("ms since the request")
+    panels[-1].set_xlabel("ms since the target's prefill")
     panels[-1].set_xlim(1000 * window_s[0], 1000 * window_s[1])
     _draw_legend(figure, timelines, num_columns=3 if width == COLUMN_WIDTH else 6)
     return figure

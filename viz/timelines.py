@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +26,8 @@ BY_ROUNDS: Final = "no start times: laid out by rounds"
 
 @dataclass(slots=True)
 class Slice:
-    """Something that took time; seconds since the request. rejected: the share of the tokens of a
-    forward that did not become text. num_emitted: tokens that its stage went on by."""
+    """Something that took time; seconds on the timeline's clock. rejected: of the tokens of a
+    forward, the share that did not become text. num_emitted: tokens that its stage went on by."""
 
     start_s: float
     end_s: float
@@ -61,20 +61,39 @@ class Arrow:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """One sample of one run, first draft first. note: what to know about it."""
+    """One sample of one run, first draft first; times since the request. note: what to know about
+    it."""
 
     title: str
     lanes: tuple[Lane, ...]
     verdicts: tuple[Arrow, ...] = field(default=(), repr=False)
     note: str = ""
 
-    def first_steps(self, count: int) -> tuple[float, float]:
-        """From the end of the target's prefill to the end of so many steps of the target."""
+    def since_prefill(self) -> Timeline:
+        """The same with times that begin where the target's prefill ends.
+
+        Raises:
+            DataError: the target has no step after it.
+        """
         steps = self.lanes[-1].forwards
         if not steps:
-            raise DataError(f"{self.title}: the target has no step to draw")
+            raise DataError(f"{self.title}: the target has no step after its prefill")
         prefills = [found.end_s for found in self.lanes[-1].slices if found.kind == "prefill"]
-        return max(prefills, default=steps[0].start_s), steps[:count][-1].end_s
+        origin_s = max(prefills, default=steps[0].start_s)
+
+        def shifted(found: Slice) -> Slice:
+            return replace(found, start_s=found.start_s - origin_s, end_s=found.end_s - origin_s)
+
+        lanes = (Lane(lane.name, [shifted(found) for found in lane.slices]) for lane in self.lanes)
+        verdicts = (
+            replace(arrow, sent_s=arrow.sent_s - origin_s, received_s=arrow.received_s - origin_s)
+            for arrow in self.verdicts
+        )
+        return replace(self, lanes=tuple(lanes), verdicts=tuple(verdicts))
+
+    def end_of_steps(self, count: int) -> float:
+        """When so many steps of the target are done."""
+        return self.lanes[-1].forwards[:count][-1].end_s
 
 
 # -- traces -----------------------------------------------------------------------------------
