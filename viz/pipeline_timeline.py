@@ -30,7 +30,7 @@ from pipespec.results.labels import Metadata, lookahead_text, short_names
 from pipespec.results.streaming import find_files
 from pipespec.trace.check import find_problems, read_trace
 from pipespec.trace.events import WAIT
-from viz.timelines import Timeline, is_trace, kinds_of, read_timelines, timeline_of
+from viz.timelines import Slice, Timeline, is_trace, read_timelines, timeline_of
 from viz.utils import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -77,9 +77,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         "Draws what every model did when, from traces or result files, or folders of them.",
     )
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="index in the data set")
-    parser.add_argument(
-        "--start", type=float, metavar="S", help="seconds since the target's prefill"
-    )
+    clock = "seconds since the end of the target's prefill"
+    parser.add_argument("--start", type=float, metavar="S", help=clock)
     parser.add_argument("--end", type=float, metavar="S", help=clock)
     parser.add_argument(
         "--page", action="store_true", help="at the width of a page, with more steps"
@@ -206,16 +205,15 @@ def draw(timelines: Sequence[Timeline], window_s: tuple[float, float], width: fl
         axes.set_yticks(range(len(timeline.lanes)), labels)
     panels[-1].set_xlabel("ms since the target's prefill")
     panels[-1].set_xlim(1000 * window_s[0], 1000 * window_s[1])
-    _draw_legend(figure, timelines, num_columns=3 if width == COLUMN_WIDTH else 6)
+    drawn = [found for t in timelines for lane in t.lanes for found in lane.within(window_s)]
+    _draw_legend(figure, drawn, num_columns=3 if width == COLUMN_WIDTH else 6)
     return figure
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, window_s: tuple[float, float]) -> None:
     room_s = _ROOM_FOR_NUMBER * (window_s[1] - window_s[0])
     for row, lane in enumerate(timeline.lanes):
-        for found in lane.slices:
-            if found.end_s < window_s[0] or found.start_s > window_s[1]:
-                continue
+        for found in lane.within(window_s):
             left, length = 1000 * found.start_s, 1000 * (found.end_s - found.start_s)
             height = _WAIT_HEIGHT if found.kind == WAIT else _HEIGHT
             edge = {"align": "edge", "edgecolor": "white", "linewidth": 0.2}
@@ -242,15 +240,15 @@ def _draw_panel(axes: Axes, timeline: Timeline, window_s: tuple[float, float]) -
     axes.grid(visible=False, axis="y")
 
 
-def _draw_legend(figure: Figure, timelines: Sequence[Timeline], num_columns: int) -> None:
+def _draw_legend(figure: Figure, drawn: Sequence[Slice], num_columns: int) -> None:
     from matplotlib.patches import Patch
 
-    found = kinds_of(timelines)
+    found = {item.kind for item in drawn}
     handles = []
     for color in dict.fromkeys(COLORS[kind] for kind in COLORS if kind in found):
         names = [LABELS.get(k, k) for k in COLORS if k in found and COLORS[k] == color]
         handles.append(Patch(facecolor=color, label=" / ".join(names)))
-    if any(s.rejected for t in timelines for lane in t.lanes for s in lane.slices):
+    if any(item.rejected for item in drawn):
         rejected = Patch(
             facecolor=REJECTED_COLOR, hatch="//////", edgecolor="white", label="rejected"
         )

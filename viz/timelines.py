@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -42,6 +42,14 @@ class Lane:
 
     name: str
     slices: list[Slice]
+
+    def within(self, window_s: tuple[float, float]) -> list[Slice]:
+        """Those that can be seen between two moments."""
+        return [
+            found
+            for found in self.slices
+            if found.end_s >= window_s[0] and found.start_s <= window_s[1]
+        ]
 
     @property
     def forwards(self) -> list[Slice]:
@@ -263,12 +271,12 @@ def _mark_rejected(lanes: Sequence[Lane], offered: Sequence[int], *, is_target: 
             continue
         for index, lane in enumerate(drafts):
             first = bisect_right(ends[index], step.start_s)
-            if index == len(drafts) - 1:
-                first = max(0, first - num_rejected)
             for lost in lane.slices[first : bisect_left(starts[index], step.end_s)]:
                 lost.rejected = 1.0
-
-
-def kinds_of(timelines: Iterable[Timeline]) -> set[str]:
-    """What there is to explain in a legend."""
-    return {f.kind for t in timelines for lane in t.lanes for f in lane.slices}
+        for writer in reversed(drafts[-1].slices[: bisect_right(ends[-1], step.start_s)]):
+            if num_rejected <= 0:
+                break
+            if writer.num_emitted:
+                lost_share = min(num_rejected, writer.num_emitted) / writer.num_emitted
+                writer.rejected = max(writer.rejected, lost_share)
+            num_rejected -= writer.num_emitted
