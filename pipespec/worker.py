@@ -39,6 +39,7 @@ from pipespec.messages import (
     Shutdown,
 )
 from pipespec.runners.base import ModelRunner
+from pipespec.runners.ranges import with_ranges
 from pipespec.runners.warm_up import warm_up
 from pipespec.trace import Tracer
 from pipespec.transport import ZmqTransport
@@ -188,12 +189,13 @@ def serve_model(session: StageSession, load: LoadRunner = load_stage_runner) -> 
         if not session.await_neighbours():
             return
         session.report(Ready(time.monotonic() - started_at, describe(runner)))
+        num_stages = len(spec.stages)
         StageLoop(
             index=session.index,
-            num_stages=len(spec.stages),
+            num_stages=num_stages,
             incarnations=[each.incarnation for each in spec.stages],
             schedule=spec.schedule,
-            runner=runner,
+            runner=with_ranges(runner, session.index, num_stages) if spec.trace else runner,
             transport=session.transport,
             decode=tokenizer.decode,
             num_slots=spec.num_slots,

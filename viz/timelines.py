@@ -48,7 +48,7 @@ class Lane:
         return [
             found
             for found in self.slices
-            if found.end_s >= window_s[0] and found.start_s <= window_s[1]
+            if found.end_s > window_s[0] and found.start_s < window_s[1]
         ]
 
     @property

@@ -53,7 +53,7 @@ class ChainSpeculativeDecoder:
         _check_lookahead(schedule)
         self._placement = hierarchy.in_process(len(hierarchy.models) - 1)
         with pinned(self._placement):
-            self._runners = load_runners(hierarchy)
+            self._runners = load_runners(hierarchy, ranges=on_trace is not None)
         self._inbox: deque[Delivery] = deque()
         self._stats: dict[int, dict[str, Any]] = {}
         self._session = Session(self)

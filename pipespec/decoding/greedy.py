@@ -32,7 +32,7 @@ class GreedyDecoder:
         self.hierarchy = hierarchy.target_only
         self._placement = self.hierarchy.in_process(0)
         with pinned(self._placement):
-            self._runners = load_runners(self.hierarchy)
+            self._runners = load_runners(self.hierarchy, ranges=on_trace is not None)
         self._counts = Counts()
         self._session = Session(self)
         self._on_trace = on_trace
