@@ -45,7 +45,7 @@ if ! command -v "$nsys" > /dev/null; then
   exit 2
 fi
 
-exec "$nsys" profile --trace=cuda,nvtx,osrt --sample=none --trace-fork-before-exec=true \
+exec "$nsys" profile --trace=cuda,nvtx,osrt --sample=none --cuda-flush-interval=100 \
   --force-overwrite=true --output="$report" \
   "${PYTHON:-python}" -m pipespec.benchmark --strategy async-chain --models-config-path "$config" \
   --trace "$report.trace.json" "$@"
