@@ -107,7 +107,7 @@ def test_its_times_are_those_of_the_result_files(traced: Path) -> None:
             metrics = [result["metrics"] for result in run.results]
             forward_s = sum(m["forward_times_s"][index] for m in metrics)
             kinds = ("prefill", "decode", "draft", "prepare", "verify")
-            assert sum(stage.seconds[kind] for kind in kinds) == pytest.approx(forward_s, rel=0.02)
+            assert sum(stage.seconds[kind] for kind in kinds) == pytest.approx(forward_s, rel=0.1)
             assert stage.seconds["wait"] <= sum(m["wait_times_s"][index] for m in metrics) + 1e-6
             assert sum(stage.seconds.values()) == pytest.approx(stage.total_s)
 

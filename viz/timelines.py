@@ -167,7 +167,8 @@ def _slices(
             kind, num_emitted = event["name"], args.get("emitted", 0)
             found = Slice(start_s, start_s + event["dur"] / 1e6, kind, num_emitted)
             slices.append(found)
-            if kind != "prepare" and args.get("overtaken") and not num_emitted:
+            is_lost = (args.get("overtaken") or args.get("after_end")) and not num_emitted
+            if is_lost and kind != "prepare":
                 found.rejected = 1.0
             elif is_target:
                 found.rejected = rejected_share(args.get("offered", 0), args.get("accepted", 0))

@@ -81,8 +81,10 @@ class TracedState(StageState):
             args["forwards"] = len(steps)
         if prepared := sum(len(step.branches) for step in steps):
             args["prepared"] = prepared
-        if not is_wanted or counts.num_discarded_steps > before.num_discarded:
+        if counts.num_discarded_steps > before.num_discarded:
             args["overtaken"] = True
+        if not is_wanted:
+            args["after_end"] = True
         if not self.role.is_last:
             args["ahead"] = len(request.seq) - request.acked
         self._tracer.add(name, start_s, end_s, **args)

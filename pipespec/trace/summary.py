@@ -143,7 +143,7 @@ def _turns(strategy: str, stages: Sequence[StageSummary]) -> tuple[StageSummary,
 def _totals(kind: str, args: Mapping[str, Any]) -> dict[str, int]:
     if kind == ROLLBACK:
         return {"rollbacks": 1, "rolled_back": args["tokens"]}
-    if kind not in FORWARDS:
+    if kind not in FORWARDS or args.get("after_end"):  # the text was done, as in `metrics`
         return {}
     counts = {key: args.get(key, 0) for key in ("offered", "accepted", "emitted", "prepared")}
     if not counts["emitted"]:  # overtaken: what it was offered was not judged, as in `metrics`
