@@ -165,8 +165,8 @@ def test_what_cannot_be_drawn_is_named_and_passed_over(
     assert len(timeline.lanes[0].slices) == 2
     lines = capsys.readouterr().err.splitlines()
     for name, reason in {
-        "empty.json": "no step after its prefill",
-        "lacking.json": "lacks 'token_times'",
+        "empty.json": "has no step of the target after its prefill, in greedy",
+        "lacking.json": "is not a result file",
         "other.json": "is not a result file",
         "broken.json": "event 0: has the unknown phase 'B'",
     }.items():

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Options = dict[str, Any]
+
 # Okabe and Ito's colours.
 COLORS: Final[Mapping[str, str]] = {
     "prefill": "#999999",
@@ -152,7 +154,8 @@ def _of_results(files: Sequence[Path], sample: int) -> dict[str, list[Timeline]]
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             pass_over(f"passed over: {run.path} {what}")
         else:
-            runs.append(replace(run, samples=(timeline,)))
+            facts = (run.path, run.metadata, (timeline,), run.num_tokens, run.total_time_s)
+            runs.append(Run(*facts))
     if not runs:
         raise NothingLeftError("none of these runs has what this picture shows")
     drawn = fastest(runs, lambda metadata: metadata["strategy"])
@@ -216,23 +219,29 @@ def _draw_panel(axes: Axes, timeline: Timeline, window_s: tuple[float, float]) -
         for found in lane.within(window_s):
             left, length = 1000 * found.start_s, 1000 * (found.end_s - found.start_s)
             height = _WAIT_HEIGHT if found.kind == WAIT else _HEIGHT
-            edge = {"align": "edge", "edgecolor": "white", "linewidth": 0.2}
+            edge: Options = {"align": "edge", "edgecolor": "white", "linewidth": 0.2}
             bottom = row + _HEIGHT / 2
             axes.bar(left, -height, length, bottom, color=COLORS[found.kind], **edge)
             if found.rejected:
                 lost = -height * min(found.rejected, 1.0)
-                hatch = {"color": REJECTED_COLOR, "hatch": "//////"}
+                hatch: Options = {"color": REJECTED_COLOR, "hatch": "//////"}
                 axes.bar(left, lost, length, bottom, **hatch, **edge)
             middle_s = (found.start_s + found.end_s) / 2
             is_seen = window_s[0] < middle_s < window_s[1] and found.end_s - found.start_s > room_s
             if row == len(timeline.lanes) - 1 and found.kind == "verify" and is_seen:
-                text = {"ha": "center", "va": "top", "fontsize": 6}
+                text: Options = {"ha": "center", "va": "top", "fontsize": 6}
                 axes.text(1000 * middle_s, row + 0.41, str(found.num_emitted), **text)
     for arrow in timeline.verdicts:
         if window_s[0] <= arrow.sent_s and arrow.received_s <= window_s[1]:
             start = 1000 * arrow.sent_s, arrow.from_lane - _HEIGHT / 2
             end = 1000 * arrow.received_s, arrow.to_lane + _HEIGHT / 2
-            look = {"arrowstyle": "->", "lw": 0.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 4}
+            look: Options = {
+                "arrowstyle": "->",
+                "lw": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "mutation_scale": 4,
+            }
             axes.annotate("", end, start, arrowprops=look)
     axes.set_ylim(len(timeline.lanes) - 0.3, -0.5)
     axes.set_title(timeline.title + (f"\n({timeline.note})" if timeline.note else ""), loc="left")

@@ -85,7 +85,7 @@ class Timeline:
         """
         steps = self.lanes[-1].forwards
         if not steps:
-            raise DataError(f"{self.title}: the target has no step after its prefill")
+            raise DataError(f"has no step of the target after its prefill, in {self.title}")
         prefills = [found.end_s for found in self.lanes[-1].slices if found.kind == "prefill"]
         origin_s = max(prefills, default=steps[0].start_s)
 

@@ -102,7 +102,7 @@ def _whole(by_process: Mapping[int, Sequence[Item]], stages: Iterable[int]) -> l
 
 
 def _stage(name: str, events: Sequence[Item], spans: Sequence[Span]) -> StageSummary:
-    micros: Counter[str] = Counter(dict.fromkeys(KINDS, 0.0))
+    micros: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     totals: Counter[str] = Counter()
     for start, end in spans:
         micros[LOOP] += end - start
@@ -119,9 +119,13 @@ def _stage(name: str, events: Sequence[Item], spans: Sequence[Span]) -> StageSum
         name.partition(": ")[2] or name,
         sum(end - start for start, end in spans) / 1e6,
         {kind: time / 1e6 for kind, time in micros.items()},
-        *(totals[key] for key in ("forwards", "offered", "accepted", "emitted", "prepared")),
-        totals["rollbacks"],
-        totals["rolled_back"],
+        num_forwards=totals["forwards"],
+        num_offered=totals["offered"],
+        num_accepted=totals["accepted"],
+        num_emitted=totals["emitted"],
+        num_prepared=totals["prepared"],
+        num_rollbacks=totals["rollbacks"],
+        num_rolled_back=totals["rolled_back"],
     )
 
 
