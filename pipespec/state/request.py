@@ -49,7 +49,8 @@ class RequestState:
         "context_is_short", "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact",
         "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_output",
         "num_steps_output", "num_told", "num_verdicts_sent", "outcomes", "output_at_s",
-        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
+        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
