@@ -56,7 +56,7 @@ def make_parser() -> Parser:
         parser,
         STRATEGIES,
         "async-chain",
-        default_prefill=f"{DEFAULT_PREFILL}, or what the context has room for",
+        default_prefill=f"of samples {DEFAULT_PREFILL}, or what the context has room for",
     )
     group = parser.add_argument_group("the prompt")
     group.add_argument(
@@ -84,7 +84,7 @@ def _run_example(options: Namespace) -> int:
     configure_logging(options.verbose)
     settings = replace(
         read_settings(options),
-        default_prefill=DEFAULT_PREFILL,
+        default_prefill=DEFAULT_PREFILL if options.prompt is None else None,
         is_basic_template=options.use_basic_template,
     )
     _check_flags(options, settings)

@@ -10,7 +10,7 @@ from emulated import write_emulated, write_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipespec import benchmark, run_example
+from pipespec import benchmark, plan, run_example
 from pipespec.data import Sample, Span, Turn, shortened
 from pipespec.data.prompts import basic_text
 from pipespec.errors import DataError
@@ -176,3 +176,11 @@ def test_plain_text_loses_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     given[3] = write_prompts(tmp_path, ["def mean(values):\n"])
     assert run_example.main([*given, "--prefill", "8"]) == 0
     assert capsys.readouterr().out.startswith("def mean")
+
+
+def test_a_plan_is_run_on_the_same_prompts(tmp_path: Path) -> None:
+    options = plan.make_parser().parse_args(
+        [*flags(tmp_path, {"document": "x"})[:4], "--prefill", "90"]
+    )
+    words = plan._text_flags(options, plan._read_settings(options))
+    assert words[words.index("--prefill") + 1] == "90"

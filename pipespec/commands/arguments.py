@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from pipespec.config import POLICIES, RUNNERS, GenerationParams, SamplingParams, Schedule
+from pipespec.data import BUILT_IN
 from pipespec.errors import UsageError
 
 DEFAULT_MODELS_CONFIG: Final = "configs/models/demo.json"
@@ -64,9 +65,9 @@ def add_input_arguments(
     group.add_argument(
         "--dataset",
         metavar="NAME",
-        help="built-in name, NAME=PATH for a copy of a built-in set, hub name, folder saved by "
-        "datasets, .jsonl or .json file (default: stdlib for models shipped with PipeSpec and "
-        "emulated ones, else humaneval)",
+        help=f"built-in name ({', '.join(BUILT_IN)}), NAME=PATH for a copy of one of them, hub "
+        "name, folder saved by datasets, .jsonl or .json file (default: stdlib for models shipped "
+        "with PipeSpec and emulated ones, else humaneval)",
     )
     group.add_argument(
         "--no-generation-prompt",

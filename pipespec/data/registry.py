@@ -140,7 +140,8 @@ _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a name stands for, before any row is read."""
+    """What a name stands for, before any row is read. has: what its samples are made of. advice:
+    where a row is wrong."""
 
     name: str
     source: str
@@ -149,6 +150,7 @@ class _Found:
     default_num_samples: int | None = None
     warnings: tuple[str, ...] = ()
     has: str = "rows"
+    advice: str = ""
 
 
 def load_dataset(name: str, num_samples: int | None = None) -> Dataset:
@@ -196,7 +198,7 @@ def _all_samples(found: _Found) -> Iterator[Sample]:
         try:
             sample = found.to_sample(index, row)
         except DataError as error:
-            raise DataError(f"{found.source} {place} {error}") from error
+            raise DataError(f"{found.source} {place} {error}{found.advice}") from error
         if sample is not None:
             yield sample
             index += 1
@@ -259,7 +261,8 @@ def _copy_of_built_in(name: str) -> _Found | None:
     if not path_name or not os.path.exists(path):
         where = path_name or "behind ="
         raise DataError(f"--dataset {name}: there is no file or folder {where}")
-    return replace(_local(path), name=key, to_sample=entry.to_sample, has=entry.rows)
+    advice = f"; {name} must be a copy of {entry.source} on the hub"
+    return replace(_local(path), name=key, to_sample=entry.to_sample, has=entry.rows, advice=advice)
 
 
 def _key_of(name: str) -> str | None:
