@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
+import select
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,6 +211,37 @@ def test_a_terminal_shows_colours_unless_told_otherwise(
     if has_colours:
         assert re.sub(r"\x1b\[[0-9;]*m", "", text) == "ab \nc"  # a corrected line's end shows
         assert "\n\x1b" in text or "\x1b[0m\n" in text  # no background runs to the margin
+
+
+def test_colours_come_while_the_text_is_written(tmp_path: Path) -> None:
+    config = write_emulated(tmp_path, target_ms=20.0)
+    flags = ["--prompt", "x", "--models-config-path", config, "--strategy", "chain"]
+    command = [sys.executable, "-m", "pipespec.run_example", "--show-acceptance", *flags]
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    terminal, end = pty.openpty()
+    try:
+        with subprocess.Popen(
+            [*command, "--max-new-tokens", "40"],
+            stdout=end,
+            stderr=subprocess.DEVNULL,
+            env={**environment, "TERM": "xterm-256color"},
+        ) as process:
+            try:
+                os.close(end)
+                pieces = []
+                while select.select([terminal], [], [], 30.0)[0]:
+                    try:
+                        pieces.append(os.read(terminal, 4096))
+                    except OSError:  # how Linux says that nobody writes any more
+                        break
+                assert process.wait(30.0) == 0
+            finally:
+                process.kill()
+    finally:
+        os.close(terminal)
+    styled = [piece for piece in pieces if b"\x1b[" in piece]
+    assert len(styled) > 5  # the target needs 20 ms a forward, so they came apart
+    assert b"[!" not in b"".join(pieces)
 
 
 def test_greedy_has_no_acceptance_to_show(
