@@ -453,3 +453,25 @@ def test_ranges_enclose_forwards_also_those_that_fail() -> None:
     assert ranged.info is runner.info
     ranged.release(0)
     ranged.close()
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_has_nvtx_ranges(tmp_path: Path) -> None:
+    """That the calls are there and harmless; what a profiler makes of them is for one to say."""
+    from tiny import make_tiny
+
+    from pipespec.runners.llama import LlamaRunner
+
+    runner = LlamaRunner(
+        make_tiny(tmp_path / "model"),
+        name="target",
+        device="cuda:0",
+        dtype="float32",
+        vocab_size=128,
+        context_length=64,
+    )
+    ranged = with_ranges(runner, 1, 2)
+    assert isinstance(ranged, RangedRunner)
+    row = Row(0, 0, (1, 2, 3), 2, SamplingParams())
+    assert ranged.forward([row]) == runner.forward([row])
+    ranged.close()
