@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipespec.errors import UsageError
-from pipespec.trace.events import FORWARDS, ROLLBACK, WAIT, Event, StageTrace, StrategyTrace
+from pipespec.trace.events import (
+    APPLY,
+    DECIDE,
+    FORWARDS,
+    ROLLBACK,
+    WAIT,
+    Event,
+    StageTrace,
+    StrategyTrace,
+)
 
 GROUP_SIZE: Final = 1000  # process numbers of a strategy: 0 its samples, 1 its first draft, ...
 LOOP_THREAD: Final = 1  # a stage does one thing at a time
@@ -143,6 +152,6 @@ def _of_event(
 def _category(name: str) -> str:
     if name in FORWARDS:
         return "forward"
-    if name == WAIT:
-        return WAIT
+    if name in (WAIT, DECIDE, APPLY):
+        return name
     return "message" if name.startswith(("send ", "receive ")) else SAMPLES

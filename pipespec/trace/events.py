@@ -21,6 +21,8 @@ MAX_EVENTS: Final = 200_000  # of a stage; some 40 MB of the written file
 # What a stage does, in the order in which tables and pictures have it.
 FORWARDS: Final = ("prefill", "decode", "draft", "prepare", "verify")
 WAIT: Final = "wait"
+DECIDE: Final = "decide"  # what the next step is
+APPLY: Final = "apply"  # what a forward drew
 ROLLBACK: Final = "rollback"
 
 

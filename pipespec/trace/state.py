@@ -12,11 +12,11 @@ from typing import Any
 
 from pipespec.messages import Draft, Frame, Link, Verdict
 from pipespec.policy import Policy
-from pipespec.state import Role, StageState
+from pipespec.state import Decision, Role, StageState
 from pipespec.state.finish import Decode
 from pipespec.state.outcomes import Ranked
 from pipespec.state.request import RequestState
-from pipespec.trace.events import ROLLBACK, WAIT, Tracer
+from pipespec.trace.events import APPLY, DECIDE, ROLLBACK, WAIT, Tracer
 
 
 class TracedState(StageState):
@@ -53,6 +53,13 @@ class TracedState(StageState):
             self._note_rollback(request, before, end_s)
         return frames
 
+    def decide(self, now_s: float) -> Decision:
+        start_s = self._clock()
+        decision = super().decide(now_s)
+        if decision.step is not None:
+            self._tracer.add(DECIDE, start_s, self._clock())
+        return decision
+
     def end_step(
         self, draws: Sequence[Ranked], start_s: float, end_s: float
     ) -> list[tuple[Link, Frame]]:
@@ -61,7 +68,9 @@ class TracedState(StageState):
         is_wanted = self.requests.get(request.request) is request
         before = _Counted(request)
         earlier, last = tuple(request.burst.steps), request.step
+        begin_s = self._clock()
         frames = super().end_step(draws, start_s, end_s)
+        self._tracer.add(APPLY, begin_s, self._clock())
         steps = (*earlier, last)
         first, counts = steps[0], request.counts
         args: dict[str, Any] = {

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, Final
 
 from pipespec.trace.chrome import GROUP_SIZE, SAMPLES
-from pipespec.trace.events import FORWARDS, ROLLBACK, WAIT
+from pipespec.trace.events import APPLY, DECIDE, FORWARDS, ROLLBACK, WAIT
 
 Item = Mapping[str, Any]
 Span = tuple[float, float]  # microseconds, from and to
@@ -18,7 +18,7 @@ RECEIVE: Final = "receive"
 SEND: Final = "send"
 LOOP: Final = "loop"
 OTHERS: Final = "others"
-KINDS: Final = (*FORWARDS, WAIT, SEND, RECEIVE, OTHERS, LOOP)
+KINDS: Final = (*FORWARDS, WAIT, DECIDE, APPLY, SEND, RECEIVE, OTHERS, LOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class StageSummary:
     """One stage while samples were written.
 
     seconds: by kind, those of `KINDS`; "others" is what the other models did in the same process,
-    "loop" what is left: decisions, frames taken from a socket, whatever else ran on the core.
+    "loop" what is left: sockets looked at, frames decoded, whatever else ran on the core.
     num_*: sums of what its events say.
     """
 
