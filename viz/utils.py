@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -270,19 +270,21 @@ class Look:
     hatch: str
 
 
-def looks(all_metadata: Iterable[Metadata]) -> Callable[[Metadata], Look]:
-    """The look of each run of a picture: the colour is the strategy's, the rest says which models,
-    in the order in which they come."""
-    seen: dict[str, list[tuple[str, ...]]] = {}
+def looks(
+    all_metadata: Iterable[Metadata], kind: Callable[[Metadata], Hashable] = model_names
+) -> Callable[[Metadata], Look]:
+    """The look of each run of a picture: the colour is the strategy's, the rest says which `kind`
+    of it, in the order in which they come."""
+    seen: dict[str, list[Hashable]] = {}
     for metadata in all_metadata:
-        names = seen.setdefault(metadata["strategy"], [])
-        if model_names(metadata) not in names:
-            names.append(model_names(metadata))
+        kinds = seen.setdefault(metadata["strategy"], [])
+        if kind(metadata) not in kinds:
+            kinds.append(kind(metadata))
     first = {strategy: place for place, strategy in enumerate(sorted(seen))}
 
     def look(metadata: Metadata) -> Look:
         strategy = metadata["strategy"]
-        place = first[strategy] + seen[strategy].index(model_names(metadata))
+        place = first[strategy] + seen[strategy].index(kind(metadata))
         return Look(
             run_color(metadata),
             _LINES[place % len(_LINES)],
@@ -327,6 +329,15 @@ def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
         borderaxespad=0.2,
         columnspacing=1.2,
     )
+
+
+def number(value: float) -> str:
+    """With about four digits."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def groups(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
