@@ -21,7 +21,7 @@ if not __package__:  # run as a file: imports start at the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipespec.commands.entry import run_command
-from pipespec.results.labels import Metadata, model_names, run_label, short_names
+from pipespec.results.labels import run_label, short_names
 from viz.utils import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -34,6 +34,7 @@ from viz.utils import (
     make_parser,
     open_output,
     read,
+    strategy_and_models,
     style,
     usable,
 )
@@ -135,11 +136,6 @@ def speculative(runs: Sequence[Run[Any]]) -> list[Run[Any]]:
     """
     drafting = [run for run in runs if run.metadata["strategy"] != "greedy"]
     return usable(drafting, lambda run: None if any(run.samples) else "has no verification")
-
-
-def strategy_and_models(metadata: Metadata) -> tuple[str, tuple[str, ...]]:
-    """What a run is, whatever its schedule."""
-    return metadata["strategy"], model_names(metadata)
 
 
 def bins_up_to(most: int) -> tuple[Bin, ...]:

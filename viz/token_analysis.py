@@ -28,9 +28,17 @@ from viz.frequency_accepted_tokens import (
     histogram,
     panel_height,
     speculative,
-    strategy_and_models,
 )
-from viz.utils import Run, by_target, fastest, make_parser, open_output, read, style
+from viz.utils import (
+    Run,
+    by_target,
+    fastest,
+    make_parser,
+    open_output,
+    read,
+    strategy_and_models,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,16 +12,18 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pipespec.commands.arguments import Parser
-from pipespec.errors import NothingLeftError, UsageError
+from pipespec.config import STRATEGIES
+from pipespec.errors import DataError, NothingLeftError, UsageError
 from pipespec.results import ensure_writable, ensure_writable_file
 from pipespec.results.labels import Metadata, comparison_key, model_names, run_color, run_order
-from pipespec.results.streaming import MISFITS, misfit, read_runs
+from pipespec.results.streaming import MISFITS, iterate_results, misfit, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,6 +231,45 @@ def fastest(runs: Iterable[Run[T]], key: Callable[[Metadata], Any]) -> list[Run[
     return [min(found, key=lambda run: run.ms_per_token) for found in alike.values()]
 
 
+def read_sample(
+    runs: Sequence[Run[int]], wanted: int | None, keep: Callable[[Mapping[str, Any]], T]
+) -> tuple[int, list[tuple[Run[int], T]]]:
+    """One sample of runs that can be compared, read again from their files: its index, and what is
+    kept of it of each run that has it. The others are passed over.
+
+    Args:
+        runs: with the indexes of their samples (`read` with `sample_index`).
+        wanted: None is the first of those that most of the runs have.
+        keep: as of `read`; a DataError says why a sample cannot be drawn.
+    """
+    counts = Counter(index for run in runs for index in set(run.samples))
+    if wanted is None:
+        wanted = min(counts, key=lambda index: (-counts[index], index))
+    found: list[tuple[Run[int], T]] = []
+    for run in runs:
+        try:
+            results = (r for r in iterate_results(run.path) if r["sample_index"] == wanted)
+            result = next(results, None)
+            if result is None:
+                raise DataError(f"has no sample {wanted}")
+            found.append((run, keep(result)))
+        except DataError as error:
+            pass_over(f"passed over: {run.path} {error}")
+        except MISFITS as error:
+            pass_over(f"passed over: {run.path} sample {wanted} {misfit(error)}")
+    return wanted, found
+
+
+def sample_index(result: Mapping[str, Any]) -> int:
+    """What `read_sample` needs to know of a sample."""
+    return int(result["sample_index"])
+
+
+def strategy_and_models(metadata: Metadata) -> tuple[str, tuple[str, ...]]:
+    """What a run is, whatever its schedule."""
+    return metadata["strategy"], model_names(metadata)
+
+
 def by_target(runs: Iterable[Run[T]]) -> dict[str, list[Run[T]]]:
     """Runs that can be compared, by the title of the panel that has them."""
     return groups(runs, lambda run: "{}, target {}".format(*comparison_key(run.metadata)))
@@ -274,17 +315,17 @@ def looks(
     all_metadata: Iterable[Metadata], kind: Callable[[Metadata], Hashable] = model_names
 ) -> Callable[[Metadata], Look]:
     """The look of each run of a picture: the colour is the strategy's, the rest says which `kind`
-    of it, in the order in which they come."""
-    seen: dict[str, list[Hashable]] = {}
+    of it, in the order in which they come among the runs of one data set and target."""
+    seen: dict[Hashable, list[Hashable]] = {}
     for metadata in all_metadata:
-        kinds = seen.setdefault(metadata["strategy"], [])
+        kinds = seen.setdefault((metadata["strategy"], comparison_key(metadata)), [])
         if kind(metadata) not in kinds:
             kinds.append(kind(metadata))
-    first = {strategy: place for place, strategy in enumerate(sorted(seen))}
 
     def look(metadata: Metadata) -> Look:
         strategy = metadata["strategy"]
-        place = first[strategy] + seen[strategy].index(kind(metadata))
+        first = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+        place = first + seen[strategy, comparison_key(metadata)].index(kind(metadata))
         return Look(
             run_color(metadata),
             _LINES[place % len(_LINES)],
@@ -332,11 +373,9 @@ def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
 
 
 def number(value: float) -> str:
-    """With about four digits."""
+    """With as many digits as a reader can use."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
