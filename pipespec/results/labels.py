@@ -22,6 +22,7 @@ OTHER_COLOR: Final = "#009e73"
 Metadata = Mapping[str, Any]
 
 _SIZE: Final = re.compile(r"(?<![\w.])(?:\d+x)?\d+(?:\.\d+)?[MB](?![\w.])", re.IGNORECASE)
+_CUDA: Final = re.compile(r"cuda(?::(\d+))?")
 
 
 def model_names(metadata: Metadata) -> tuple[str, ...]:
@@ -53,6 +54,26 @@ def dataset_name(metadata: Metadata) -> str:
 def comparison_key(metadata: Metadata) -> tuple[str, str]:
     """Runs are compared if these are alike: the data set and the target."""
     return dataset_name(metadata), model_names(metadata)[-1]
+
+
+def stage_devices(metadata: Metadata) -> tuple[tuple[int, ...], ...]:
+    """Of each model that ran (`model_names`), its indexes in the lists of `gpustats`: as the
+    monitor says, and in files that know of none, the GPUs that its config names. Empty where that
+    is not known."""
+    monitor = metadata.get("monitor")
+    if isinstance(monitor, Mapping) and isinstance(monitor.get("stages"), list):
+        found = tuple(tuple(map(int, devices)) for devices in monitor["stages"])
+        if len(found) == len(model_names(metadata)):
+            return found
+    models = metadata["model_configs"]
+    ran = models[-1:] if metadata["strategy"] == "greedy" else models
+    return tuple(_gpus(model.get("devices") or ()) for model in ran)
+
+
+def _gpus(devices: Any) -> tuple[int, ...]:
+    names = [devices] if isinstance(devices, str) else devices
+    found = (_CUDA.fullmatch(str(name)) for name in names)
+    return tuple(int(match[1] or 0) for match in found if match)
 
 
 def lookahead(metadata: Metadata) -> int:
