@@ -116,13 +116,14 @@ def read_rows(runs: Sequence[Run[int]], sample: int | None, seconds: float) -> l
         NothingLeftError: no run has the sample, or none has anything to show of it.
     """
     names = short_names(run.metadata for run in runs)
+    colors = _colors_of_models(runs)
     rows: list[Row] = []
     for title, group in by_target(runs).items():
         index, found = read_sample(group, sample, gpustats_of)
         longest_s = max((stats[-1]["timestamp"] for _, stats in found), default=0.0)
         for run, stats in found:
             label = run_label(run.metadata, names=names)
-            devices = devices_of(run.metadata, stats, names)
+            devices = devices_of(run.metadata, stats, names, colors)
             head = f"{title}, sample {index}: {label}"
             rows.append(Row(head, devices, min(seconds, longest_s)))
     if not rows:
@@ -147,17 +148,20 @@ def gpustats_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def devices_of(
-    metadata: Metadata, stats: Sequence[Mapping[str, Any]], names: Mapping[str, str]
+    metadata: Metadata,
+    stats: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    colors: Mapping[str, str],
 ) -> tuple[Device, ...]:
     """The devices that the models of a run had; all of them where that is not known."""
     found: list[Device] = []
     stages = stage_devices(metadata)
-    for stage, (model, devices) in enumerate(zip(model_names(metadata), stages)):
+    for model, devices in zip(model_names(metadata), stages):
         for number, index in enumerate(devices):
             found.append(
                 Device(
                     f"{names[model]}: {device_name(metadata, index)}",
-                    _COLORS[stage % len(_COLORS)],
+                    colors[model],
                     _LINES[number % len(_LINES)],
                     series_of(stats, index),
                 )
@@ -170,6 +174,13 @@ def devices_of(
             series = series_of(stats, index)
             found.append(Device(device_name(metadata, index), _UNUSED_COLOR, line, series))
     return tuple(device for device in found if any(device.series.values()))
+
+
+def _colors_of_models(runs: Sequence[Run[Any]]) -> dict[str, str]:
+    """A color a model, drafts first where a run has several."""
+    longest_first = sorted((model_names(run.metadata) for run in runs), key=len, reverse=True)
+    models = dict.fromkeys(name for names in longest_first for name in names)
+    return {model: _COLORS[place % len(_COLORS)] for place, model in enumerate(models)}
 
 
 def series_of(stats: Sequence[Mapping[str, Any]], index: int) -> dict[str, Series]:
@@ -222,7 +233,8 @@ def _draw_row(part: SubFigure, row: Row, shown: Sequence[str]) -> None:
             times_s, values = zip(*device.series[name]) if device.series[name] else ((), ())
             axes.plot(times_s, values, color=device.color, ls=device.line, label=device.label)
         axes.set_xlim(0, row.seconds)
-        axes.set_ylim(0, 104 if name == "gpu_utilizations" else None)
+        largest = max((v for d in row.devices for _, v in d.series[name]), default=1.0)
+        axes.set_ylim(0, 104 if name == "gpu_utilizations" else 1.08 * max(largest, 1e-3))
         axes.set_xlabel("time (s)")
         axes.set_ylabel(QUANTITIES[name])
     handles, labels = axes.get_legend_handles_labels()

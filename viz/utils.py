@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import math
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ _STYLE: Final[Mapping[str, Any]] = {
     "savefig.dpi": DPI,
     **_FONTS,
 }
+_TITLE_CHARACTERS: Final = 56  # of a panel as wide as a column
 _LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 _HATCHES: Final = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo")
@@ -356,6 +358,7 @@ def make_panels(
 
 def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
     """A panel's title and, below it, its legend; both above the axes, where they hide nothing."""
+    title = textwrap.fill(title, _TITLE_CHARACTERS * (1 if num_columns == 1 else 2))
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         axes.set_title(title)
@@ -376,6 +379,8 @@ def number(value: float) -> str:
     """With as many digits as a reader can use."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
