@@ -92,12 +92,13 @@ class Output:
                 print(path)
 
 
-def make_parser(name: str, description: str) -> Parser:
-    """A parser of the arguments that all scripts have; a script adds its own."""
+def make_parser(name: str, description: str, *, needs_paths: bool = True) -> Parser:
+    """A parser of the arguments that all scripts have; a script adds its own. needs_paths: not if
+    what is drawn may come from elsewhere."""
     parser = Parser(prog=f"python viz/{name}.py", description=description)
     parser.add_argument(
         "paths",
-        nargs="+",
+        nargs="+" if needs_paths else "*",
         type=Path,
         metavar="RESULTS_FOLDER",
         help="folders of result files, or such files",
