@@ -10,7 +10,7 @@ and in files without them the mean power times the time (`metrics.energy_estimat
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -95,8 +95,8 @@ def usage(run: Run[SampleTotals]) -> Usage:
         if (energy_j := _energy_j(sample, powered)) is not None
     ]
     energy_j, num_tokens = sum(joules for joules, _ in known), sum(tokens for _, tokens in known)
-    utilizations = [_over_time(run, lambda s, i=i: _at(s.gpu_utilizations, i)) for i in busy]
-    powers_w = [_over_time(run, lambda s, i=i: _at(s.gpu_powers_w, i)) for i in powered]
+    utilizations = [_over_time(run, "gpu_utilizations", index) for index in busy]
+    powers_w = [_over_time(run, "gpu_powers_w", index) for index in powered]
     known_utilizations = [value for value in utilizations if value is not None]
     known_powers_w = [value for value in powers_w if value is not None]
     return Usage(
@@ -141,17 +141,15 @@ def _energy_j(sample: SampleTotals, gpus: Sequence[int]) -> float | None:
     return energy_estimate_j([sample], gpus) if sample.energy_j is None else sample.energy_j
 
 
-def _over_time(
-    run: Run[SampleTotals], value: Callable[[SampleTotals], float | None]
-) -> float | None:
-    """The mean over the samples that know it, each as long as it took."""
-    known = [(v, s.total_time_s) for s in run.samples if (v := value(s)) is not None]
+def _over_time(run: Run[SampleTotals], name: str, index: int) -> float | None:
+    """The mean of a device's value over the samples that have it, each as long as it took."""
+    known = [
+        (values[index], sample.total_time_s)
+        for sample in run.samples
+        if index < len(values := getattr(sample, name)) and values[index] is not None
+    ]
     seconds = sum(weight for _, weight in known)
-    return sum(v * weight for v, weight in known) / seconds if seconds else None
-
-
-def _at(values: Sequence[float | None], index: int) -> float | None:
-    return values[index] if index < len(values) else None
+    return sum(value * weight for value, weight in known) / seconds if seconds else None
 
 
 # -- picture --------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def series_of(stats: Sequence[Mapping[str, Any]], index: int) -> dict[str, Serie
         for name, series in found.items():
             values = reading.get(name, [])
             value = values[index] if index < len(values) else None
-            if type(value) in (int, float):
+            if isinstance(value, int | float):
                 series.append((reading["timestamp"], float(value)))
     return found
 

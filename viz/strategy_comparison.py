@@ -3,8 +3,9 @@
     python -m viz.strategy_comparison results/stdlib --output comparison.png
 
 Reads result files of PipeSpec and of the original, and folders of them; what is none is passed
-over. A speed-up is taken on the prompts that a run shares with the greedy run of the same target on the same data set; without such
-a run it has none. What is drawn comes from the files alone; no torch.
+over. A speed-up is taken on the prompts that a run shares with the greedy run of the same target on
+the same data set; without such a run it has none. What is drawn comes from the files alone; no
+torch.
 """
 
 from __future__ import annotations

@@ -254,6 +254,8 @@ def axis_label(name: str) -> str:
 
 
 def _draw_panel(axes: Axes, panel: Panel, best: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     places = [p.place for line in panel.lines if not line.is_level for p in line.points]
     names = sorted({str(place) for place in places}, key=_as_number)
     is_numeric = not any(isinstance(place, str) for place in places)
@@ -266,7 +268,8 @@ def _draw_panel(axes: Axes, panel: Panel, best: Any) -> None:
         x = [p.place if is_numeric else names.index(str(p.place)) for p in line.points]
         _draw_line(axes, line, x, best)
     if is_numeric:
-        axes.xaxis.get_major_locator().set_params(integer=all(type(p) is int for p in places))
+        if all(type(place) is int for place in places):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.08)
     else:
         axes.set_xticks(range(len(names)), names)

@@ -37,8 +37,8 @@ DPI: Final = 200
 COLUMN_WIDTH: Final = 3.3  # inches, of a page with two columns
 PAGE_WIDTH: Final = 6.9
 
-_FONTS: Final = {"pdf.fonttype": 42}  # TrueType, which publishers accept and editors can edit
-_STYLE: Final[Mapping[str, Any]] = {
+_FONTS: Final[Any] = {"pdf.fonttype": 42}  # TrueType, which publishers accept and editors can edit
+_STYLE: Final[Any] = {  # keys of rcParams
     "figure.constrained_layout.use": True,
     "font.size": 8,
     "axes.titlesize": 8,
@@ -300,7 +300,7 @@ def style() -> Iterator[None]:
     """Figures that are made in this context have the style of all pictures."""
     import matplotlib
 
-    with matplotlib.rc_context(dict(_STYLE)):
+    with matplotlib.rc_context(_STYLE):
         yield
 
 
