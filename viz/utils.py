@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 import textwrap
 from collections import Counter
@@ -281,10 +280,7 @@ def by_target(runs: Iterable[Run[T]]) -> dict[str, list[Run[T]]]:
 def _totals(result: Mapping[str, Any]) -> tuple[int, float]:
     """Output tokens and seconds of a sample."""
     metrics = result["metrics"]
-    num_tokens, seconds = metrics["tokens_generated"], metrics["total_time"]
-    if not (math.isfinite(seconds) and seconds >= 0 and num_tokens >= 0):
-        raise ValueError(f"says {num_tokens} tokens in {seconds} s")
-    return int(num_tokens), float(seconds)
+    return int(metrics["tokens_generated"]), float(metrics["total_time"])
 
 
 def pass_over(line: str) -> None:
