@@ -42,16 +42,17 @@ def text_settings(metadata: Metadata) -> str:
     parts = []
     if (limit := metadata.get("max_new_tokens")) is not None:
         parts.append(f"at most {limit} new tokens")
-    sampling = metadata.get("sampling") or {}
-    if sampling.get("temperature"):
+    sampling = metadata.get("sampling")
+    if isinstance(sampling, Mapping) and sampling.get("temperature"):
         usual = asdict(SamplingParams())
         parts += [
             f"{name.replace('_', '-')} {value}"
             for name, value in sampling.items()
             if value != usual.get(name)
         ]
-    if metadata.get("stop"):
-        parts.append("stop at " + " or ".join(map(repr, metadata["stop"])))
+    stop = metadata.get("stop")
+    if isinstance(stop, list) and stop:
+        parts.append("stop at " + " or ".join(map(repr, stop)))
     if metadata.get("generation_prompt") is False:
         parts.append("no generation prompt")
     return ", ".join(parts)

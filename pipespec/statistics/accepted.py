@@ -93,7 +93,10 @@ def _row(item: Compared, samples: Sequence[AcceptedSample]) -> Row:
     return {
         **run_row(item),
         "num_verifications": tuple(counts.total() for counts in pairs),
-        **{column.name: values for column, values in zip(_PARTS, zip(*means))},
+        **{
+            column.name: tuple(parts[number] for parts in means)
+            for number, column in enumerate(_PARTS)
+        },
     }
 
 

@@ -105,8 +105,8 @@ def gpus_of(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     models = metadata["model_configs"]
     found: set[int] = set()
     for model in models[-1:] if metadata["strategy"] == "greedy" else models:
-        devices = model.get("devices") or []
-        for device in [devices] if isinstance(devices, str) else devices:
+        devices = model.get("devices")
+        for device in devices if isinstance(devices, list) else [devices]:
             kind, _, index = str(device).partition(":")
             if kind != "cuda" or not (index or "0").isdigit():
                 return ()
