@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a file: imports start at the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.errors import DataError
 from pipespec.metrics import speed_up, summarise
 from pipespec.results import RunFile, find_files, load_results
 from pipespec.results.labels import COLORS, OTHER_COLOR, comparison_key, run_label, run_order
-from viz.pictures import check_output, save
+from viz.utils import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
