@@ -35,6 +35,7 @@ from viz.utils import (
     strategy_and_models,
     style,
     usable,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -164,8 +165,11 @@ def draw(runs: Sequence[Run[SampleTotals]]) -> Figure:
     names = short_names(run.metadata for run in runs)
     usages = {run.path: usage(run) for run in runs}
     shown = [name for name in COLUMNS if any(getattr(u, name) is not None for u in usages.values())]
+    labels = {run.path: wrapped(run_label(run.metadata, names=names), 44) for run in runs}
+    num_lines = max(label.count("\n") + 1 for label in labels.values())
     heights = [len(found) + 0.2 for found in blocks.values()]
-    figure = Figure(figsize=(PAGE_WIDTH, _BAR_HEIGHT * sum(heights) + 0.36 * len(blocks) + 0.5))
+    height = (_BAR_HEIGHT + 0.12 * (num_lines - 1)) * sum(heights) + 0.36 * len(blocks) + 0.5
+    figure = Figure(figsize=(PAGE_WIDTH, height))
     grid = figure.subplots(
         len(blocks), len(shown), squeeze=False, sharex="col", sharey="row", height_ratios=heights
     )
@@ -173,7 +177,7 @@ def draw(runs: Sequence[Run[SampleTotals]]) -> Figure:
         for axes, name in zip(row, shown):
             values = [getattr(usages[run.path], name) for run in found]
             _draw_bars(axes, values, [look(run.metadata) for run in found])
-        row[0].set_yticks(range(len(found)), [run_label(r.metadata, names=names) for r in found])
+        row[0].set_yticks(range(len(found)), [labels[run.path] for run in found])
         row[0].set_ylim(len(found) - 0.4, -0.6)
         _add_title(row[0], title)
     for column, name in zip(grid.T, shown):

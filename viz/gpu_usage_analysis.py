@@ -33,10 +33,12 @@ from viz.utils import (
     fastest,
     make_parser,
     open_output,
+    pass_over,
     read,
     read_sample,
     sample_index,
     style,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ _COLORS: Final = ("#56b4e9", "#d55e00", "#009e73", "#cc79a7")
 _LINES: Final = ("-", "--", ":", "-.")
 _UNUSED_COLOR: Final = "#7f7f7f"
 _ROW_HEIGHT: Final = 1.75
+_TITLE_CHARACTERS: Final = 110
+_MOST_COLUMNS: Final = 6  # of a row's legend
 
 Series = list[tuple[float, float]]  # seconds, value
 
@@ -122,12 +126,14 @@ def read_rows(runs: Sequence[Run[int]], sample: int | None, seconds: float) -> l
         index, found = read_sample(group, sample, gpustats_of)
         longest_s = max((stats[-1]["timestamp"] for _, stats in found), default=0.0)
         for run, stats in found:
-            label = run_label(run.metadata, names=names)
             devices = devices_of(run.metadata, stats, names, colors)
-            head = f"{title}, sample {index}: {label}"
-            rows.append(Row(head, devices, min(seconds, longest_s)))
+            if devices:
+                head = f"{title}, sample {index}: {run_label(run.metadata, names=names)}"
+                rows.append(Row(head, devices, min(seconds, longest_s)))
+            else:
+                pass_over(f"passed over: {run.path} has no gpustats of its devices")
     if not rows:
-        raise NothingLeftError("none of these runs has gpustats of the sample; see --sample")
+        raise NothingLeftError("no run has gpustats of its devices for this sample; see --sample")
     return rows
 
 
@@ -241,9 +247,9 @@ def _draw_row(part: SubFigure, row: Row, shown: Sequence[str]) -> None:
     part.legend(
         handles,
         labels,
-        title=row.title,
+        title=wrapped(row.title, _TITLE_CHARACTERS),
         loc="outside upper center",
-        ncols=max(1, len(labels)),
+        ncols=min(len(labels), _MOST_COLUMNS),
     )
 
 

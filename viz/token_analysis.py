@@ -111,11 +111,13 @@ def draw(runs: Sequence[Run[tuple[Counter[int], Seconds] | None]]) -> Figure:
     from matplotlib.figure import Figure
 
     panels = by_target(runs)
-    heights = [panel_height(len(found)) for found in panels.values() for _ in range(2)]
+    counts = {title: [_counts_of(run) for run in found] for title, found in panels.items()}
+    histograms = {title: histogram(found, runs) for title, found in counts.items()}
+    heights = [panel_height(shown) for shown in histograms.values() for _ in range(2)]
     figure = Figure(figsize=(figure_width(panels), sum(heights)))
     rows = figure.subplots(2 * len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for place, (title, found) in enumerate(panels.items()):
-        shown = histogram([_counts_of(run) for run in found], runs)
+        shown = histograms[title]
         times = replace(
             shown, values=tuple(tuple(ms_per_token(run.samples, shown.bins)) for run in found)
         )

@@ -135,8 +135,9 @@ def arrivals(metrics: Mapping[str, Any]) -> Arrivals:
     if known < num_tokens:  # the last step is missing
         steps_s.append(sum(steps_s) / len(steps_s) if steps_s else 0.0)
         counts.append(num_tokens - known)
+    scale = min(1.0, total_s / sum(steps_s)) if sum(steps_s) else 1.0
     first_s = max(0.0, total_s - sum(steps_s))
-    times_s = list(accumulate(steps_s, initial=first_s))
+    times_s = [first_s + scale * step_s for step_s in accumulate(steps_s, initial=0.0)]
     numbers = [min(number, num_tokens) for number in accumulate(counts, initial=1)]
     times_s[-1], numbers[-1] = total_s, num_tokens
     return list(zip(times_s, numbers))

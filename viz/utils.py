@@ -59,10 +59,13 @@ _STYLE: Final[Any] = {  # keys of rcParams
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
     "hatch.linewidth": 0.5,
+    "text.parse_math": False,  # names of models may have any character
     "savefig.dpi": DPI,
     **_FONTS,
 }
-_TITLE_CHARACTERS: Final = 56  # of a panel as wide as a column
+_TITLE_CHARACTERS: Final = 56  # that are as wide as a column
+_LABEL_CHARACTERS: Final = 50
+_MOST_PIXELS: Final = 60_000  # that Agg draws in one direction
 _LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 _HATCHES: Final = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo")
@@ -153,9 +156,10 @@ def save(figure: Figure, output: Path, flag: str = "--output") -> None:
     """
     import matplotlib
 
+    dpi = min(DPI, _MOST_PIXELS / max(figure.get_size_inches()))
     try:
         with matplotlib.rc_context(_FONTS):
-            figure.savefig(output, dpi=DPI)
+            figure.savefig(output, dpi=dpi)
     except OSError as error:
         raise UsageError(f"{flag}: cannot write {output} ({error.strerror})") from error
 
@@ -355,14 +359,14 @@ def make_panels(
 
 def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
     """A panel's title and, below it, its legend; both above the axes, where they hide nothing."""
-    title = textwrap.fill(title, _TITLE_CHARACTERS * (1 if num_columns == 1 else 2))
+    title = wrapped(title, _TITLE_CHARACTERS * num_columns)
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         axes.set_title(title)
         return
     axes.legend(
         handles,
-        labels,
+        [wrapped(label) for label in labels],
         title=title,
         ncols=num_columns,
         loc="lower center",
@@ -370,6 +374,11 @@ def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
         borderaxespad=0.2,
         columnspacing=1.2,
     )
+
+
+def wrapped(text: str, num_characters: int = _LABEL_CHARACTERS) -> str:
+    """In lines of so many characters, where there is a space to break it at."""
+    return textwrap.fill(text, num_characters, break_long_words=False, break_on_hyphens=False)
 
 
 def number(value: float) -> str:
