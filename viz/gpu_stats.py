@@ -10,7 +10,7 @@ and in files without them the mean power times the time (`metrics.energy_estimat
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -65,6 +65,15 @@ class Usage:
     energy_per_token_j: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A sample. stage_utilizations: the percentages that PipeSpec's files have of each stage, over
+    time; the original's readings came at equal intervals, so that their mean is that."""
+
+    totals: SampleTotals
+    stage_utilizations: tuple[float | None, ...]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     return run_command(lambda: _main(arguments))
@@ -77,7 +86,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--all", action="store_true", help="every run, not only the fastest")
     options = parser.parse_args(arguments)
     output = open_output(options)
-    runs = usable(read(options.paths, sample_totals), _problem)
+    runs = usable(read(options.paths, measured), _problem)
     with style():
         figure = draw(runs if options.all else fastest(runs, strategy_and_models))
     output.save(figure, "gpu-analysis")
@@ -87,36 +96,41 @@ def _main(arguments: Sequence[str] | None) -> int:
 # -- numbers --------------------------------------------------------------------------------
 
 
-def usage(run: Run[SampleTotals]) -> Usage:
+def measured(result: Mapping[str, Any]) -> Measured:
+    """What is kept of a sample."""
+    found = result["metrics"].get("mean_utilization") or ()
+    return Measured(sample_totals(result), tuple(found))
+
+
+def usage(run: Run[Measured]) -> Usage:
     """What a run took of its devices."""
     busy, powered = devices_of(run)
     known = [
-        (energy_j, sample.num_tokens)
+        (energy_j, sample.totals.num_tokens)
         for sample in run.samples
-        if (energy_j := _energy_j(sample, powered)) is not None
+        if (energy_j := _energy_j(sample.totals, powered)) is not None
     ]
     energy_j, num_tokens = sum(joules for joules, _ in known), sum(tokens for _, tokens in known)
-    utilizations = [_over_time(run, "gpu_utilizations", index) for index in busy]
-    powers_w = [_over_time(run, "gpu_powers_w", index) for index in powered]
-    known_utilizations = [value for value in utilizations if value is not None]
-    known_powers_w = [value for value in powers_w if value is not None]
+    utilizations = _known(
+        _over_time(run, lambda s: s.stage_utilizations, stage)
+        for stage in range(max(len(sample.stage_utilizations) for sample in run.samples))
+    ) or _known(_over_time(run, lambda s: s.totals.gpu_utilizations, index) for index in busy)
+    powers_w = _known(_over_time(run, lambda s: s.totals.gpu_powers_w, index) for index in powered)
     return Usage(
-        power_w=sum(known_powers_w) if known_powers_w else None,
-        utilization=(
-            sum(known_utilizations) / len(known_utilizations) if known_utilizations else None
-        ),
+        power_w=sum(powers_w) if powers_w else None,
+        utilization=sum(utilizations) / len(utilizations) if utilizations else None,
         energy_j=energy_j / len(known) if known else None,
         tokens_per_s=run.num_tokens / run.total_time_s,
         energy_per_token_j=energy_j / num_tokens if num_tokens else None,
     )
 
 
-def devices_of(run: Run[SampleTotals]) -> tuple[list[int], list[int]]:
+def devices_of(run: Run[Measured]) -> tuple[list[int], list[int]]:
     """Indexes of the devices that a run kept busy, and of those that say what power it took. Where
     its models' are not known, all that there are."""
     own = sorted({index for devices in stage_devices(run.metadata) for index in devices})
     if not own:
-        num_devices = max(len(sample.gpu_utilizations) for sample in run.samples)
+        num_devices = max(len(sample.totals.gpu_utilizations) for sample in run.samples)
         return list(range(num_devices)), list(range(num_devices))
     kinds = _kinds(run.metadata)
     gpus = [index for index in own if kinds.get(index) != "process"]
@@ -124,7 +138,7 @@ def devices_of(run: Run[SampleTotals]) -> tuple[list[int], list[int]]:
     return own, gpus if len(gpus) == len(own) else [*gpus, *packages]
 
 
-def _problem(run: Run[SampleTotals]) -> str | None:
+def _problem(run: Run[Measured]) -> str | None:
     found = usage(run)
     if found.power_w is None and found.utilization is None and found.energy_j is None:
         return "has no gpustats of its devices"
@@ -142,21 +156,28 @@ def _energy_j(sample: SampleTotals, gpus: Sequence[int]) -> float | None:
     return energy_estimate_j([sample], gpus) if sample.energy_j is None else sample.energy_j
 
 
-def _over_time(run: Run[SampleTotals], name: str, index: int) -> float | None:
-    """The mean of a device's value over the samples that have it, each as long as it took."""
+def _over_time(
+    run: Run[Measured], values: Callable[[Measured], Sequence[float | None]], index: int
+) -> float | None:
+    """The mean of one value over the samples that have it, each as long as it took."""
     known = [
-        (values[index], sample.total_time_s)
+        (found[index], sample.totals.total_time_s)
         for sample in run.samples
-        if index < len(values := getattr(sample, name)) and values[index] is not None
+        if index < len(found := values(sample))
     ]
-    seconds = sum(weight for _, weight in known)
-    return sum(value * weight for value, weight in known) / seconds if seconds else None
+    weighted = [(value, seconds) for value, seconds in known if value is not None]
+    total_s = sum(seconds for _, seconds in weighted)
+    return sum(value * seconds for value, seconds in weighted) / total_s if total_s else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 # -- picture --------------------------------------------------------------------------------
 
 
-def draw(runs: Sequence[Run[SampleTotals]]) -> Figure:
+def draw(runs: Sequence[Run[Measured]]) -> Figure:
     """A block of rows a data set and target, a column a quantity that is known of any run."""
     from matplotlib.figure import Figure
 

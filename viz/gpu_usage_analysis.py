@@ -164,14 +164,11 @@ def devices_of(
     stages = stage_devices(metadata)
     for model, devices in zip(model_names(metadata), stages):
         for number, index in enumerate(devices):
-            found.append(
-                Device(
-                    f"{names[model]}: {device_name(metadata, index)}",
-                    colors[model],
-                    _LINES[number % len(_LINES)],
-                    series_of(stats, index),
-                )
-            )
+            name, series = device_name(metadata, index), series_of(stats, index)
+            label = f"{names[model]}: {name}"
+            if found and name == "process" and series == found[-1].series:  # one has both models
+                label = f"{found.pop().label.removesuffix(f': {name}')} and {label}"
+            found.append(Device(label, colors[model], _LINES[number % len(_LINES)], series))
     taken = {index for devices in stages for index in devices}
     num_devices = max(len(reading.get(name, ())) for reading in stats for name in QUANTITIES)
     for number, index in enumerate(i for i in range(num_devices) if i not in taken):

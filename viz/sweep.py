@@ -270,6 +270,8 @@ def _draw_panel(axes: Axes, panel: Panel, best: Any) -> None:
     if is_numeric:
         if all(type(place) is int for place in places):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if min(places) == max(places):
+            axes.set_xlim(places[0] - 2, places[0] + 2)
         axes.margins(x=0.08)
     else:
         axes.set_xticks(range(len(names)), names)
