@@ -39,7 +39,9 @@ def short_names(all_metadata: Iterable[Metadata]) -> dict[str, str]:
     """What the models of several runs are called where there is little room: by the number of
     their parameters ("8B") if their names say it and it is no other model's, else in full."""
     names = {name for metadata in all_metadata for name in model_names(metadata)}
-    sizes = {name: found[0].upper() for name in names if (found := _SIZE.findall(name))}
+    sizes = {
+        name: found[0].upper().replace("X", "x") for name in names if (found := _SIZE.findall(name))
+    }
     known = list(sizes.values())
     return {
         name: sizes[name] if name in sizes and known.count(sizes[name]) == 1 else name
