@@ -21,7 +21,8 @@ if not __package__:  # run as a file: imports start at the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipespec.commands.entry import run_command
-from pipespec.results.labels import Metadata, model_names, run_label, short_names
+from pipespec.errors import NothingLeftError
+from pipespec.results.labels import run_label, short_names
 from viz.utils import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -34,8 +35,10 @@ from viz.utils import (
     make_parser,
     open_output,
     read,
+    strategy_and_models,
     style,
     usable,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class Values:
         return Values(
             tuple(bins),
             tuple(map(tuple, values)),
-            tuple(run_label(run.metadata, names=names) for run in runs),
+            tuple(wrapped(run_label(run.metadata, names=names)) for run in runs),
             tuple(look(run.metadata) for run in runs),
         )
 
@@ -134,12 +137,9 @@ def speculative(runs: Sequence[Run[Any]]) -> list[Run[Any]]:
         NothingLeftError: none is left.
     """
     drafting = [run for run in runs if run.metadata["strategy"] != "greedy"]
+    if not drafting:
+        raise NothingLeftError("these are greedy runs, which verify nothing")
     return usable(drafting, lambda run: None if any(run.samples) else "has no verification")
-
-
-def strategy_and_models(metadata: Metadata) -> tuple[str, tuple[str, ...]]:
-    """What a run is, whatever its schedule."""
-    return metadata["strategy"], model_names(metadata)
 
 
 def bins_up_to(most: int) -> tuple[Bin, ...]:
@@ -163,7 +163,7 @@ def draw(runs: Sequence[Run[Counter[int]]]) -> Figure:
 
     panels = by_target(runs)
     of_panels = {title: histogram(found, runs) for title, found in panels.items()}
-    heights = [panel_height(len(found)) for found in panels.values()]
+    heights = [panel_height(shown) for shown in of_panels.values()]
     figure = Figure(figsize=(figure_width(panels), sum(heights)))
     rows = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, shown) in zip(rows, of_panels.items()):
@@ -178,9 +178,11 @@ def figure_width(panels: Mapping[str, Sequence[Run[Any]]]) -> float:
     return COLUMN_WIDTH if few else PAGE_WIDTH
 
 
-def panel_height(num_runs: int) -> float:
+def panel_height(shown: Values) -> float:
     """Inches, legend or rows included."""
-    return 2.0 + 0.08 * num_runs if num_runs <= MOST_BARS else 0.7 + 0.16 * num_runs
+    num_runs = len(shown.labels)
+    num_lines = sum(label.count("\n") + 1 for label in shown.labels)
+    return 2.0 + 0.08 * num_lines if num_runs <= MOST_BARS else 0.7 + 0.16 * num_lines
 
 
 def histogram(runs: Sequence[Run[Counter[int]]], in_picture: Sequence[Run[Any]]) -> Values:
@@ -223,11 +225,12 @@ def _draw_table(axes: Axes, shown: Values) -> None:
     table = [[float("nan") if value is None else value for value in row] for row in shown.values]
     axes.imshow(table, aspect="auto", cmap="cividis", vmin=0)
     largest = max(value for row in shown.values for value in row if value is not None)
+    digits = 0 if largest >= 20 else 1 if largest >= 2 else 2
     for y, row in enumerate(shown.values):
         for x, value in enumerate(row):
-            if value is not None and value >= 0.5:
+            text = "" if value is None else f"{value:.{digits}f}"
+            if value is not None and float(text) > 0:
                 color = "white" if value < 0.6 * largest else "black"
-                text = f"{value:.0f}"
                 axes.text(x, y, text, ha="center", va="center", color=color, fontsize="x-small")
     axes.set_yticks(range(len(shown.labels)), shown.labels)
     axes.grid(visible=False)

@@ -28,9 +28,17 @@ from viz.frequency_accepted_tokens import (
     histogram,
     panel_height,
     speculative,
-    strategy_and_models,
 )
-from viz.utils import Run, by_target, fastest, make_parser, open_output, read, style
+from viz.utils import (
+    Run,
+    by_target,
+    fastest,
+    make_parser,
+    open_output,
+    read,
+    strategy_and_models,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,10 +87,12 @@ def ms_per_token(
 ) -> list[float | None]:
     """Milliseconds of the target's steps for each token that they emitted, by bin; None where no
     step falls into it."""
-    counts = sum((sample[0] for sample in samples if sample is not None), Counter())
-    seconds = Counter()
-    for sample in samples:
-        seconds.update(sample[1] if sample is not None else {})
+    counts: Counter[int] = Counter()
+    seconds: Seconds = defaultdict(float)
+    for sample_counts, sample_seconds in filter(None, samples):
+        counts.update(sample_counts)
+        for count, step_s in sample_seconds.items():
+            seconds[count] += step_s
     values: list[float | None] = []
     for found in bins:
         total_s = sum(seconds[count] for count in seconds if count in found)
@@ -91,20 +101,23 @@ def ms_per_token(
     return values
 
 
+def _counts_of(run: Run[tuple[Counter[int], Seconds] | None]) -> Run[Counter[int]]:
+    counts = tuple(sample[0] if sample else Counter[int]() for sample in run.samples)
+    return Run(run.path, run.metadata, counts, run.num_tokens, run.total_time_s)
+
+
 def draw(runs: Sequence[Run[tuple[Counter[int], Seconds] | None]]) -> Figure:
     """Two panels a data set and target, one below the other."""
     from matplotlib.figure import Figure
 
     panels = by_target(runs)
-    heights = [panel_height(len(found)) for found in panels.values() for _ in range(2)]
+    counts = {title: [_counts_of(run) for run in found] for title, found in panels.items()}
+    histograms = {title: histogram(found, runs) for title, found in counts.items()}
+    heights = [panel_height(shown) for shown in histograms.values() for _ in range(2)]
     figure = Figure(figsize=(figure_width(panels), sum(heights)))
     rows = figure.subplots(2 * len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for place, (title, found) in enumerate(panels.items()):
-        counts = [
-            replace(run, samples=tuple(s[0] if s else Counter() for s in run.samples))
-            for run in found
-        ]
-        shown = histogram(counts, runs)
+        shown = histograms[title]
         times = replace(
             shown, values=tuple(tuple(ms_per_token(run.samples, shown.bins)) for run in found)
         )

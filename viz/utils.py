@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pipespec.commands.arguments import Parser
-from pipespec.errors import NothingLeftError, UsageError
+from pipespec.config import STRATEGIES
+from pipespec.errors import DataError, NothingLeftError, UsageError
 from pipespec.results import ensure_writable, ensure_writable_file
 from pipespec.results.labels import Metadata, comparison_key, model_names, run_color, run_order
-from pipespec.results.streaming import MISFITS, misfit, read_runs
+from pipespec.results.streaming import MISFITS, iterate_results, misfit, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +36,8 @@ DPI: Final = 200
 COLUMN_WIDTH: Final = 3.3  # inches, of a page with two columns
 PAGE_WIDTH: Final = 6.9
 
-_FONTS: Final = {"pdf.fonttype": 42}  # TrueType, which publishers accept and editors can edit
-_STYLE: Final[Mapping[str, Any]] = {
+_FONTS: Final[Any] = {"pdf.fonttype": 42}  # TrueType, which publishers accept and editors can edit
+_STYLE: Final[Any] = {  # keys of rcParams
     "figure.constrained_layout.use": True,
     "font.size": 8,
     "axes.titlesize": 8,
@@ -57,9 +59,13 @@ _STYLE: Final[Mapping[str, Any]] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
     "hatch.linewidth": 0.5,
+    "text.parse_math": False,  # names of models may have any character
     "savefig.dpi": DPI,
     **_FONTS,
 }
+_TITLE_CHARACTERS: Final = 56  # that are as wide as a column
+_LABEL_CHARACTERS: Final = 50
+_MOST_PIXELS: Final = 60_000  # that Agg draws in one direction
 _LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 _HATCHES: Final = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo")
@@ -88,12 +94,13 @@ class Output:
                 print(path)
 
 
-def make_parser(name: str, description: str) -> Parser:
-    """A parser of the arguments that all scripts have; a script adds its own."""
+def make_parser(name: str, description: str, *, needs_paths: bool = True) -> Parser:
+    """A parser of the arguments that all scripts have; a script adds its own. needs_paths: not if
+    what is drawn may come from elsewhere."""
     parser = Parser(prog=f"python viz/{name}.py", description=description)
     parser.add_argument(
         "paths",
-        nargs="+",
+        nargs="+" if needs_paths else "*",
         type=Path,
         metavar="RESULTS_FOLDER",
         help="folders of result files, or such files",
@@ -149,9 +156,10 @@ def save(figure: Figure, output: Path, flag: str = "--output") -> None:
     """
     import matplotlib
 
+    dpi = min(DPI, _MOST_PIXELS / max(figure.get_size_inches()))
     try:
         with matplotlib.rc_context(_FONTS):
-            figure.savefig(output, dpi=DPI)
+            figure.savefig(output, dpi=dpi)
     except OSError as error:
         raise UsageError(f"{flag}: cannot write {output} ({error.strerror})") from error
 
@@ -229,6 +237,45 @@ def fastest(runs: Iterable[Run[T]], key: Callable[[Metadata], Any]) -> list[Run[
     return [min(found, key=lambda run: run.ms_per_token) for found in alike.values()]
 
 
+def read_sample(
+    runs: Sequence[Run[int]], wanted: int | None, keep: Callable[[Mapping[str, Any]], T]
+) -> tuple[int, list[tuple[Run[int], T]]]:
+    """One sample of runs that can be compared, read again from their files: its index, and what is
+    kept of it of each run that has it. The others are passed over.
+
+    Args:
+        runs: with the indexes of their samples (`read` with `sample_index`).
+        wanted: None is the first of those that most of the runs have.
+        keep: as of `read`; a DataError says why a sample cannot be drawn.
+    """
+    counts = Counter(index for run in runs for index in set(run.samples))
+    if wanted is None:
+        wanted = min(counts, key=lambda index: (-counts[index], index))
+    found: list[tuple[Run[int], T]] = []
+    for run in runs:
+        try:
+            results = (r for r in iterate_results(run.path) if r["sample_index"] == wanted)
+            result = next(results, None)
+            if result is None:
+                raise DataError(f"has no sample {wanted}")
+            found.append((run, keep(result)))
+        except DataError as error:
+            pass_over(f"passed over: {run.path} {error}")
+        except MISFITS as error:
+            pass_over(f"passed over: {run.path} sample {wanted} {misfit(error)}")
+    return wanted, found
+
+
+def sample_index(result: Mapping[str, Any]) -> int:
+    """What `read_sample` needs to know of a sample."""
+    return int(result["sample_index"])
+
+
+def strategy_and_models(metadata: Metadata) -> tuple[str, tuple[str, ...]]:
+    """What a run is, whatever its schedule."""
+    return metadata["strategy"], model_names(metadata)
+
+
 def by_target(runs: Iterable[Run[T]]) -> dict[str, list[Run[T]]]:
     """Runs that can be compared, by the title of the panel that has them."""
     return groups(runs, lambda run: "{}, target {}".format(*comparison_key(run.metadata)))
@@ -237,10 +284,7 @@ def by_target(runs: Iterable[Run[T]]) -> dict[str, list[Run[T]]]:
 def _totals(result: Mapping[str, Any]) -> tuple[int, float]:
     """Output tokens and seconds of a sample."""
     metrics = result["metrics"]
-    num_tokens, seconds = metrics["tokens_generated"], metrics["total_time"]
-    if not (math.isfinite(seconds) and seconds >= 0 and num_tokens >= 0):
-        raise ValueError(f"says {num_tokens} tokens in {seconds} s")
-    return int(num_tokens), float(seconds)
+    return int(metrics["tokens_generated"]), float(metrics["total_time"])
 
 
 def pass_over(line: str) -> None:
@@ -256,7 +300,7 @@ def style() -> Iterator[None]:
     """Figures that are made in this context have the style of all pictures."""
     import matplotlib
 
-    with matplotlib.rc_context(dict(_STYLE)):
+    with matplotlib.rc_context(_STYLE):
         yield
 
 
@@ -270,19 +314,21 @@ class Look:
     hatch: str
 
 
-def looks(all_metadata: Iterable[Metadata]) -> Callable[[Metadata], Look]:
-    """The look of each run of a picture: the colour is the strategy's, the rest says which models,
-    in the order in which they come."""
-    seen: dict[str, list[tuple[str, ...]]] = {}
+def looks(
+    all_metadata: Iterable[Metadata], kind: Callable[[Metadata], Hashable] = model_names
+) -> Callable[[Metadata], Look]:
+    """The look of each run of a picture: the colour is the strategy's, the rest says which `kind`
+    of it, in the order in which they come among the runs of one data set and target."""
+    seen: dict[Hashable, list[Hashable]] = {}
     for metadata in all_metadata:
-        names = seen.setdefault(metadata["strategy"], [])
-        if model_names(metadata) not in names:
-            names.append(model_names(metadata))
-    first = {strategy: place for place, strategy in enumerate(sorted(seen))}
+        kinds = seen.setdefault((metadata["strategy"], comparison_key(metadata)), [])
+        if kind(metadata) not in kinds:
+            kinds.append(kind(metadata))
 
     def look(metadata: Metadata) -> Look:
         strategy = metadata["strategy"]
-        place = first[strategy] + seen[strategy].index(model_names(metadata))
+        first = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+        place = first + seen[strategy, comparison_key(metadata)].index(kind(metadata))
         return Look(
             run_color(metadata),
             _LINES[place % len(_LINES)],
@@ -313,13 +359,14 @@ def make_panels(
 
 def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
     """A panel's title and, below it, its legend; both above the axes, where they hide nothing."""
+    title = wrapped(title, _TITLE_CHARACTERS * num_columns)
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         axes.set_title(title)
         return
     axes.legend(
         handles,
-        labels,
+        [wrapped(label) for label in labels],
         title=title,
         ncols=num_columns,
         loc="lower center",
@@ -327,6 +374,20 @@ def add_head(axes: Axes, title: str, num_columns: int = 1) -> None:
         borderaxespad=0.2,
         columnspacing=1.2,
     )
+
+
+def wrapped(text: str, num_characters: int = _LABEL_CHARACTERS) -> str:
+    """In lines of so many characters, where there is a space to break it at."""
+    return textwrap.fill(text, num_characters, break_long_words=False, break_on_hyphens=False)
+
+
+def number(value: float) -> str:
+    """With as many digits as a reader can use."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def groups(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:

@@ -7,6 +7,7 @@ that a file of any size can be summarised (`results.read_runs` with `sample_tota
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -59,17 +60,16 @@ def sample_totals(result: Result) -> SampleTotals:
         KeyError, TypeError, ValueError, IndexError: its metrics are not those of a result file.
     """
     metrics = result["metrics"]
-    forward_times_s = metrics.get("forward_times_s")
     return SampleTotals(
         sample_index=result["sample_index"],
         prompt=_digest(result["input_text"]),
         text=_digest(result["output_text"]),
         num_tokens=metrics["tokens_generated"],
         total_time_s=metrics["total_time"],
-        time_to_first_token_s=metrics.get("time_to_first_token_s"),
+        time_to_first_token_s=_number(metrics, "time_to_first_token_s"),
         num_target_forwards=_num_target_forwards(metrics),
-        target_forward_s=forward_times_s[-1] if forward_times_s else None,
-        energy_j=metrics.get("energy_j"),
+        target_forward_s=_last(metrics, "forward_times_s"),
+        energy_j=_number(metrics, "energy_j"),
         gpu_powers_w=_means(result.get("gpustats", ()), "gpu_powers"),
         gpu_utilizations=_means(result.get("gpustats", ()), "gpu_utilizations"),
         pairs=tuple(
@@ -80,6 +80,23 @@ def sample_totals(result: Result) -> SampleTotals:
 
 def _digest(text: str) -> bytes:
     return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _number(values: Result, key: str) -> float | None:
+    """None where it is not recorded."""
+    value = values.get(key)
+    if value is None or _is_number(value):
+        return value
+    raise ValueError(f'has no number "{key}"')
+
+
+def _last(values: Result, key: str) -> float | None:
+    """Of a list with one number a stage, the target's."""
+    return _number({key: values[key][-1]}, key) if values.get(key) else None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _num_target_forwards(metrics: Result) -> int:
@@ -117,10 +134,11 @@ def _pair_totals(metrics: Result, pair: int) -> PairTotals:
 
 def _means(gpustats: Sequence[Result], key: str) -> tuple[float | None, ...]:
     """The mean of what was read of each GPU."""
-    rows = [row for stats in gpustats if isinstance(row := stats.get(key), list)]
+    found = [stats.get(key) for stats in gpustats if isinstance(stats, Mapping)]
+    rows = [row for row in found if isinstance(row, list)]
     columns: list[list[float]] = [[] for _ in range(max(map(len, rows), default=0))]
     for row in rows:
         for column, value in zip(columns, row):
-            if type(value) in (int, float):
+            if _is_number(value):
                 column.append(value)
     return tuple(fmean(column) if column else None for column in columns)

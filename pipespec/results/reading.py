@@ -109,8 +109,9 @@ def result_problem(result: object) -> str | None:
     if not isinstance(metrics, Mapping):
         return 'has no object "metrics"'
     for key in ("total_time", "tokens_generated"):
-        value = metrics.get(key)
-        if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
+        value: Any = metrics.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
             return f'has no number "metrics.{key}", 0 or more'
     if "token_times" not in metrics and not (
         "model_times" in metrics and "accepted_tokens" in metrics

@@ -40,6 +40,7 @@ def read_runs(
     paths: Iterable[Path],
     keep: Callable[[Mapping[str, Any]], T],
     on_skip: Callable[[str], None],
+    on_file: Callable[[Path], None] = lambda _: None,
 ) -> list[RunExtract[T]]:
     """The runs in files and folders; files that cannot be used are passed over.
 
@@ -48,6 +49,7 @@ def read_runs(
         keep: what of an item of `results` is kept. One of `MISFITS` says that it lacks what is
             needed; its file is passed over then.
         on_skip: is told in one line which file is passed over, and why.
+        on_file: is told of each file before it is read.
 
     Raises:
         NothingLeftError: no file could be used.
@@ -56,6 +58,7 @@ def read_runs(
     runs: list[RunExtract[T]] = []
     files = find_files(paths)
     for path in files:
+        on_file(path)
         try:
             runs.append(read_run(path, keep))
         except DataError as error:
