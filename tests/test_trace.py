@@ -19,6 +19,7 @@ import pytest
 from emulated import write_emulated, write_prompts
 
 from pipespec import benchmark, run_example
+from pipespec.commands.tracing import TraceRecorder
 from pipespec.config import SamplingParams, Schedule
 from pipespec.results import load_results, partial_path
 from pipespec.results.reading import read_partial
@@ -27,7 +28,7 @@ from pipespec.runners.emulated import EmulatedRunner
 from pipespec.runners.ranges import RangedRunner, with_ranges
 from pipespec.stage import StageLoop
 from pipespec.state import StageState
-from pipespec.trace import TracedState, TracedTransport, Tracer
+from pipespec.trace import StrategyTrace, TracedState, TracedTransport, Tracer
 from pipespec.trace.__main__ import main as check_command
 from pipespec.trace.check import check_trace, find_problems, read_trace
 from pipespec.trace.events import read_events
@@ -211,6 +212,35 @@ def test_events_are_appended_to_a_file_and_a_torn_end_is_left_out(tmp_path: Path
     content = path.read_bytes()
     path.write_bytes(content[: (whole + len(content)) // 2])
     assert [event.name for event in read_events(path, "draft").events] == ["draft"]
+
+
+def test_what_was_left_out_is_said_and_the_rest_is_a_good_trace(tmp_path: Path) -> None:
+    """A message whose arrival no stage had room for has no arrow."""
+    tracers = [Tracer(limit=3), Tracer(limit=1)]
+    for tracer in tracers:
+        tracer.add("draft", 10.0, 10.5, emitted=1, ahead=1)
+    tracers[0].add("send Draft", 10.5, 10.6, "0>1.1", tokens=1)
+    tracers[1].add("receive Draft", 10.7, 10.8, "0>1.1", tokens=1)
+    path = tmp_path / "trace.json"
+    with TraceRecorder(path) as recorder:
+        recorder.add(StrategyTrace("chain", tuple(tracer.trace("same") for tracer in tracers)))
+    assert recorder.describe() == (
+        f"trace: 3 events in {path}; 1 later ones are left out, a stage keeps 200,000"
+    )
+    assert check_trace(path) == []
+    content = read_trace(path)
+    assert not [event for event in content["traceEvents"] if event["ph"] in "sf"]
+    assert content["otherData"]["num_dropped_events"] == 1
+    assert min(event["ts"] for event in content["traceEvents"] if event["ph"] == "X") == 0.0
+
+
+def test_a_command_that_ran_nothing_leaves_an_empty_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with pytest.raises(ValueError, match="broken") as raised, TraceRecorder(path):
+        raise ValueError("broken")
+    assert raised.value.__notes__ == [f"what happened until then is in {path}"]
+    assert check_trace(path) == []
+    assert summarise(read_trace(path)) == []
 
 
 def test_a_full_disk_costs_events_and_not_the_run(

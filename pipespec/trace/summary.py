@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,9 +106,11 @@ def _whole(by_process: Mapping[int, Sequence[Item]], stages: Iterable[int]) -> l
 def _stage(name: str, events: Sequence[Item], spans: Sequence[Span]) -> StageSummary:
     micros: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     totals: Counter[str] = Counter()
+    begins = [event["ts"] for event in events]  # in order, and slices of a loop follow each other
     for start, end in spans:
         micros[LOOP] += end - start
-        for event in events:
+        first = max(0, bisect_left(begins, start) - 1)
+        for event in events[first : bisect_right(begins, end)]:
             inside = min(event["ts"] + event.get("dur", 0.0), end) - max(event["ts"], start)
             if inside < 0 or event["ph"] not in "Xi":
                 continue
@@ -157,8 +161,11 @@ def _totals(kind: str, args: Mapping[str, Any]) -> dict[str, int]:
 
 def _transits(events: Iterable[Item], spans: Sequence[Span]) -> dict[str, tuple[float, float]]:
     ends: dict[Any, dict[str, Item]] = defaultdict(dict)
+    spans = sorted(spans)
     for event in events:
-        if event["ph"] in "sf" and any(start <= event["ts"] <= end for start, end in spans):
+        before = bisect_right(spans, (event["ts"], math.inf))
+        is_inside = before > 0 and event["ts"] <= spans[before - 1][1]
+        if event["ph"] in "sf" and is_inside:
             ends[event["id"]][event["ph"]] = event
     times: dict[str, list[float]] = defaultdict(list)
     for pair in ends.values():
