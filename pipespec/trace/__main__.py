@@ -51,7 +51,8 @@ def _check(path: Path) -> int:
     line(f"{path}: ok, {len(content['traceEvents']):,} events")
     for summary in summarise(content):
         line("")
-        line(f"{summary.strategy}, {summary.num_samples} samples")
+        plural = "" if summary.num_samples == 1 else "s"
+        line(f"{summary.strategy}, {summary.num_samples} sample{plural}")
         for text in table(summary):
             line(text)
     return 0
