@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipespec.commands.arguments import (
@@ -17,6 +18,7 @@ from pipespec.commands.arguments import (
     add_engine_arguments,
     add_generation_arguments,
     add_input_arguments,
+    add_trace_argument,
 )
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, run_command
@@ -32,6 +34,7 @@ from pipespec.commands.runs import (
 )
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.commands.tables import TableRow, summary_table
+from pipespec.commands.tracing import tracing
 from pipespec.config import STRATEGIES
 from pipespec.errors import DataError, UsageError
 from pipespec.results import OutputPlan, load_results, metadata_differences
@@ -52,6 +55,7 @@ def make_parser() -> Parser:
     add_input_arguments(parser, (*STRATEGIES, "all"), "all")
     add_generation_arguments(parser)
     add_engine_arguments(parser, DEFAULT_READY_TIMEOUT_S)
+    add_trace_argument(parser)
     group = parser.add_argument_group("samples and results")
     group.add_argument(
         "--num-samples",
@@ -111,14 +115,21 @@ def _benchmark(options: Namespace) -> int:
         )
         for strategy in settings.strategies
     ]
+    if options.trace is not None and all(run.plan is OutputPlan.SKIP for run in runs):
+        raise UsageError(
+            f"--trace: everything is in {output_dir} already, nothing would run; add --force, or "
+            "name another --output-dir"
+        )
     greedy = _stored_greedy(settings, inputs, output_dir, runs, display)
-    for run in runs:
-        if run.plan is OutputPlan.SKIP:
-            display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
-        else:
-            run_strategy(run, settings, inputs, greedy, display)
-        if run.strategy == "greedy":
-            greedy = load_results(run.path).results
+    with tracing(options.trace, display) as trace:
+        settings = replace(settings, trace=trace)
+        for run in runs:
+            if run.plan is OutputPlan.SKIP:
+                display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
+            else:
+                run_strategy(run, settings, inputs, greedy, display)
+            if run.strategy == "greedy":
+                greedy = load_results(run.path).results
     _show_results(runs, greedy, settings, inputs, display)
     return 0
 

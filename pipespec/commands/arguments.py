@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from pipespec.config import POLICIES, RUNNERS, GenerationParams, SamplingParams, Schedule
@@ -197,6 +198,16 @@ def add_process_arguments(group: argparse._ArgumentGroup, ready_timeout_s: float
         help="for all models of a pipeline to load",
     )
     group.add_argument("--verbose", action="store_true", help="log to stderr what happens")
+
+
+def add_trace_argument(parser: Parser) -> None:
+    """Where what happens is written."""
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.json",
+        help="write what every stage did when, for ui.perfetto.dev and viz/pipeline_timeline.py",
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
