@@ -55,8 +55,7 @@ _COLORS: Final = ("#56b4e9", "#d55e00", "#009e73", "#cc79a7")
 _LINES: Final = ("-", "--", ":", "-.")
 _UNUSED_COLOR: Final = "#7f7f7f"
 _ROW_HEIGHT: Final = 1.75
-_TITLE_CHARACTERS: Final = 110
-_MOST_COLUMNS: Final = 6  # of a row's legend
+_TITLE_CHARACTERS: Final = 110  # that are as wide as a page
 
 Series = list[tuple[float, float]]  # seconds, value
 
@@ -246,7 +245,7 @@ def _draw_row(part: SubFigure, row: Row, shown: Sequence[str]) -> None:
         labels,
         title=wrapped(row.title, _TITLE_CHARACTERS),
         loc="outside upper center",
-        ncols=min(len(labels), _MOST_COLUMNS),
+        ncols=max(1, _TITLE_CHARACTERS // (8 + max(map(len, labels)))),
     )
 
 
