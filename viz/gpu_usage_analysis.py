@@ -54,9 +54,9 @@ QUANTITIES: Final[Mapping[str, str]] = {
 _COLORS: Final = ("#56b4e9", "#d55e00", "#009e73", "#cc79a7")
 _LINES: Final = ("-", "--", ":", "-.")
 _UNUSED_COLOR: Final = "#7f7f7f"
-_ROW_HEIGHT: Final = 1.75
-_TITLE_CHARACTERS: Final = 110
-_MOST_COLUMNS: Final = 6  # of a row's legend
+_PANEL_HEIGHT: Final = 1.4
+_LINE_HEIGHT: Final = 0.17
+_TITLE_CHARACTERS: Final = 110  # that are as wide as a page
 
 Series = list[tuple[float, float]]  # seconds, value
 
@@ -224,8 +224,10 @@ def draw(rows: Sequence[Row]) -> Figure:
     shown = [
         name for name in QUANTITIES if any(d.series[name] for row in rows for d in row.devices)
     ]
-    figure = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows)))
-    for part, row in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows):
+    heights = [_PANEL_HEIGHT + _LINE_HEIGHT * _num_head_lines(row) for row in rows]
+    figure = Figure(figsize=(PAGE_WIDTH, sum(heights)))
+    parts = figure.subfigures(len(rows), squeeze=False, height_ratios=heights)[:, 0]
+    for part, row in zip(parts, rows):
         _draw_row(part, row, shown)
     return figure
 
@@ -246,8 +248,19 @@ def _draw_row(part: SubFigure, row: Row, shown: Sequence[str]) -> None:
         labels,
         title=wrapped(row.title, _TITLE_CHARACTERS),
         loc="outside upper center",
-        ncols=min(len(labels), _MOST_COLUMNS),
+        ncols=_num_columns(row),
     )
+
+
+def _num_columns(row: Row) -> int:
+    """Of the legend."""
+    return max(1, _TITLE_CHARACTERS // (8 + max(len(device.label) for device in row.devices)))
+
+
+def _num_head_lines(row: Row) -> int:
+    """Of title and legend."""
+    title = wrapped(row.title, _TITLE_CHARACTERS)
+    return title.count("\n") + 1 - (-len(row.devices) // _num_columns(row))
 
 
 if __name__ == "__main__":
