@@ -17,6 +17,13 @@ COLORS: Final[Mapping[str, str]] = {
     "async-chain": "#0072b2",
 }
 OTHER_COLOR: Final = "#009e73"
+# Of the same palette: who wrote a token. "either": a bonus or a correction, the file does not say.
+TOKEN_COLORS: Final[Mapping[str, str]] = {
+    "accepted": "#009e73",
+    "correction": "#d55e00",
+    "bonus": "#56b4e9",
+    "either": "#cc79a7",
+}
 
 Metadata = Mapping[str, Any]
 
