@@ -61,11 +61,13 @@ def _report(arguments: Sequence[str] | None) -> int:
     ensure_writable_file(output, "--output")
     display = Display(make_console(stderr=True))
     skipped: list[str] = []
-    num_files = len(find_files([options.results]))
-    with display.parts("reading", num_files) as on_file:
-        runs = read_report_runs(options.results, options.max_samples, skipped.append, on_file)
-    for line in skipped:
-        display.line(line)
+    files = find_files([options.results])
+    try:
+        with display.parts("reading", len(files)) as on_file:
+            runs = read_report_runs(files, options.max_samples, skipped.append, on_file)
+    finally:
+        for line in skipped:
+            display.line(line)
     page = make_page(runs, skipped)
     _write(output, page.html)
     num_runs = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"

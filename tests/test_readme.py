@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipespec import benchmark, compare, doctor, plan, run_example
+from pipespec import benchmark, compare, doctor, plan, report, run_example
 from pipespec.config import load_models_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +20,7 @@ PARSERS = {
     "pipespec.compare": compare.make_parser,
     "pipespec.doctor": doctor.make_parser,
     "pipespec.plan": plan.make_parser,
+    "pipespec.report": report.make_parser,
     "pipespec.run_example": run_example.make_parser,
 }
 

@@ -24,7 +24,7 @@ from pipespec.reporting.verifications import (
     is_estimated,
     verifications,
 )
-from pipespec.results import find_files, read_run
+from pipespec.results import read_run
 from pipespec.results.labels import comparison_key, model_names, run_order
 from pipespec.results.streaming import read_metadata
 
@@ -120,19 +120,22 @@ class Group:
 
 
 def read_report_runs(
-    folder: Path,
+    files: Sequence[Path],
     max_samples: int,
     on_skip: Callable[[str], None],
     on_file: Callable[[str], None],
 ) -> list[Run]:
-    """The runs below a folder, or of one file; files that cannot be used are passed over.
+    """The runs of these files, in `run_order`; files that cannot be used are passed over.
+
+    Args:
+        max_samples: of each run whose texts are kept.
+        on_skip: is told in one line which file is passed over, and why.
+        on_file: is told the name of each file when it is done.
 
     Raises:
         NothingLeftError: none of them could be used.
-        DataError: the folder does not exist, or has no .json files.
     """
     runs: list[Run] = []
-    files = find_files([folder])
     for path in files:
         try:
             metadata = read_metadata(path)

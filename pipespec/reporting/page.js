@@ -36,7 +36,8 @@
     return found.map((value) => Number(value.toPrecision(12)));
   }
 
-  /** Fills a figure with the chart {title, x, y, series: [{label, color, dash, points}]}. */
+  /** Fills a figure with the chart {title, x, y, most, marks, series: [{label, color, dash, points}]};
+   *  `most` is the end of the y axis, `marks` puts a dot on every point. */
   function drawChart(figure, chart) {
     const points = chart.series.flatMap((line) => line.points).filter((point) => point[1] !== null);
     const left = Math.min(...points.map((point) => point[0]));
@@ -60,7 +61,7 @@
       const known = line.points.filter((point) => point[1] !== null);
       const places = known.map(([x, y]) => `${atX(x).toFixed(2)} ${(100 - atY(y)).toFixed(2)}`);
       svg.append(element("path", { ...look, d: `M${places.join("L")}` }));
-      if (places.length <= 30) {
+      if (chart.marks) {
         for (const place of places) svg.append(element("path", { class: "point", stroke: line.color, d: `M${place}h0` }));
       }
       const sign = element("svg", { viewBox: "0 0 30 8" }, element("path", { ...look, "stroke-width": 2, fill: "none", d: "M0 4H30" }));
@@ -185,7 +186,9 @@
     return { title: "Utilization over time", x: "seconds", y: "percent", most: 105, series };
   }
 
-  let shown = { run: 0, place: 0 };
+  const filled = data.runs.map((run, index) => index).filter((index) => data.runs[index].samples.length);
+  const first = filled.includes(data.start) ? data.start : filled[0];
+  let shown = { run: first, place: 0 };
 
   function chooseStep(step) {
     const { written } = data.runs[shown.run].samples[shown.place];
@@ -234,10 +237,8 @@
   /** What the address names: the run by its place, the sample by its index in the file. */
   function showAddress() {
     const wanted = new URLSearchParams(location.hash.slice(1));
-    const filled = data.runs.findIndex((run) => run.samples.length);
-    if (filled < 0) return;
     let run = Number(wanted.get("run")) - 1;
-    if (!data.runs[run] || !data.runs[run].samples.length) run = filled;
+    if (!data.runs[run]?.samples.length) run = first;
     const index = Number(wanted.get("sample") ?? NaN);
     show(run, Math.max(0, data.runs[run].samples.findIndex((sample) => sample.index === index)));
     if (wanted.has("run")) byId("samples").scrollIntoView();
@@ -245,7 +246,7 @@
 
   document.querySelectorAll(".chart > script").forEach((script) => drawChart(script.parentElement, JSON.parse(script.textContent)));
   byId("run").append(
-    ...data.runs.flatMap((run, index) => (run.samples.length ? [element("option", { value: index }, `${index + 1}. ${run.label}`)] : [])),
+    ...filled.map((index) => element("option", { value: index }, `${index + 1}. ${data.runs[index].label}`)),
   );
   byId("run").addEventListener("change", (event) => {
     const run = Number(event.target.value);
@@ -261,7 +262,7 @@
     if (span) chooseStep(Number(span.dataset.step));
   });
   window.addEventListener("hashchange", showAddress);
-  if (data.runs.some((run) => run.samples.length)) showAddress();
+  if (filled.length) showAddress();
   else byId("samples").hidden = true;
   document.documentElement.dataset.ready = "yes";
 })();

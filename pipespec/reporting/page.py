@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
-from pipespec.reporting.data import MAX_TEXT, Detail, Group, Run, Sample, grouped
+from pipespec.reporting.data import MAX_TEXT, Detail, Group, Row, Run, Sample, grouped
 from pipespec.reporting.markup import Html, embedded, join, tag
 from pipespec.reporting.plots import (
     MAX_BARS,
@@ -39,17 +39,19 @@ class Page:
 def make_page(runs: Sequence[Run], skipped: Sequence[str]) -> Page:
     """The page of these runs. skipped: a line for each file that was passed over."""
     groups = grouped(runs)
-    ordered = [row.run for group in groups for row in group.rows]
-    data = _drill_down(groups, ordered)
+    rows = [row for group in groups for row in group.rows]
+    ordered = [row.run for row in rows]
+    names_dataset = len({group.dataset for group in groups}) > 1
+    data = _drill_down(rows, names_dataset)
     num_samples = sum(len(run["samples"]) for run in data["runs"])
     body = join(
         tag("h1", "PipeSpec report"),
         tag("p", _extent(groups, ordered)),
         _skipped(skipped),
-        *(_group_section(group, len(groups) > 1) for group in groups),
+        *map(_group_section, groups),
         _sample_section(num_samples, ordered),
         tag("section", tag("h2", "Machine"), machine_table(ordered)),
-        tag("section", tag("h2", "Configuration"), *map(config_details, ordered)),
+        tag("section", tag("h2", "Configuration"), *_configs(ordered, names_dataset)),
         embedded(data, "data"),
         tag("script", Html(_resource("page.js"))),
     )
@@ -81,30 +83,36 @@ def _skipped(lines: Sequence[str]) -> Html:
     return tag("details", summary, tag("ul", *(tag("li", line) for line in lines)))
 
 
-def _group_section(group: Group, is_one_of_several: bool) -> Html:
+def _group_section(group: Group) -> Html:
+    """Of many runs the fastest of each kind are shown first."""
     best = group.best()
-    rows = group.rows if len(group.rows) <= MAX_BARS else best
-    left_out = len(group.rows) - len(rows)
-    notes = []
-    if left_out:
-        notes.append(
-            f"Drawn are the fastest lookaheads of each strategy and models; "
-            f"{_count(left_out, 'other run')} are in the table."
-        )
+    is_large = len(group.rows) > MAX_BARS
+    shown = best if is_large else group.rows
+    name = f"{group.dataset}, target {group.target}"
     charts = [chart for chart in (progress_curves(best), lookahead_curves(group)) if chart]
     return tag(
         "section",
-        tag("h2", f"{group.dataset}, target {group.target}"),
-        summary_table(group),
-        *(tag("p", note, class_="note") for note in notes),
+        tag("h2", name),
+        summary_table(shown, f"runs on {name}"),
+        _all_runs(group, name) if is_large else "",
         tag(
             "div",
-            speed_bars(rows),
-            *(tag("figure", embedded(chart), class_="chart") for chart in charts),
-            accepted_histograms(best),
+            tag("div", speed_bars(shown), accepted_histograms(best)),
+            tag("div", *(tag("figure", embedded(chart), class_="chart") for chart in charts)),
             class_="plots",
         ),
-        class_="group" if is_one_of_several else None,
+    )
+
+
+def _all_runs(group: Group, name: str) -> Html:
+    note = "Above and drawn: the fastest lookahead of each strategy and models."
+    return join(
+        tag("p", note, class_="note"),
+        tag(
+            "details",
+            tag("summary", f"All {len(group.rows)} runs"),
+            summary_table(group.rows, f"all runs on {name}"),
+        ),
     )
 
 
@@ -122,9 +130,15 @@ def _sample_section(num_samples: int, runs: Sequence[Run]) -> Html:
     )
 
 
-def _drill_down(groups: Sequence[Group], runs: Sequence[Run]) -> dict[str, Any]:
-    """What the script shows: runs with their samples; each distinct text once. Samples are taken
-    in turn, the first of each run, the second of each run, until the page is large enough."""
+def _configs(runs: Sequence[Run], names_dataset: bool) -> list[Html]:
+    return [config_details(run, run_label(run.metadata, name_dataset=names_dataset)) for run in runs]
+
+
+def _drill_down(rows: Sequence[Row], names_dataset: bool) -> dict[str, Any]:
+    """What the script shows: runs with their samples, each distinct text once, and the run to
+    begin with. Samples are taken in turn, the first of each run, the second of each run, until the
+    page is large enough."""
+    runs = [row.run for row in rows]
     texts: dict[str, int] = {}
     chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
     room = MAX_DETAIL_BYTES
@@ -137,19 +151,26 @@ def _drill_down(groups: Sequence[Group], runs: Sequence[Run]) -> dict[str, Any]:
             break
         chosen[position].append(entry)
     places = {id(run): position for position, run in enumerate(runs)}
-    baselines = [row.greedy for group in groups for row in group.rows]
     return {
         "texts": list(texts),
+        "start": max(range(len(rows)), key=lambda place: _interest(rows[place])),
         "runs": [
             {
-                "label": run_label(run.metadata, name_dataset=len(groups) > 1),
-                "color": run_color(run.metadata),
-                "greedy": None if greedy is None else places[id(greedy)],
+                "label": run_label(row.run.metadata, name_dataset=names_dataset),
+                "color": run_color(row.run.metadata),
+                "greedy": None if row.greedy is None else places[id(row.greedy)],
                 "samples": samples,
             }
-            for run, greedy, samples in zip(runs, baselines, chosen)
+            for row, samples in zip(rows, chosen)
         ],
     }
+
+
+def _interest(row: Row) -> float:
+    """What a reader wants to see first has verifications, and the largest speed-up."""
+    if row.run.metadata["strategy"] == "greedy":
+        return -1.0
+    return (row.comparison and row.comparison.speed_up) or 0.0
 
 
 def _in_turn(runs: Sequence[Run]) -> Iterator[tuple[int, Sample]]:

@@ -35,7 +35,9 @@ def speed_bars(rows: Sequence[Row]) -> Html:
             tag("svg", bar, *dots, class_="track", role="img", aria_label=f"{speed:.1f} tokens/s"),
             tag("div", f"{speed:,.1f}", class_="value"),
         ]
-    caption = f"Tokens per second: bar, the whole run; dots, its samples (the rightmost {most:,.1f})"
+    scale = tag("div", tag("span", "0"), tag("span", f"{most:,.0f}"), class_="scale")
+    bars += [tag("div", class_="label"), scale, tag("div", class_="value")]
+    caption = "Tokens per second: bar, the whole run; dots, its samples"
     return tag("figure", tag("figcaption", caption), tag("div", *bars, class_="bars"))
 
 
@@ -92,6 +94,7 @@ def lookahead_curves(group: Group) -> dict[str, Any] | None:
         "title": "Time per token by lookahead",
         "x": "lookahead (tokens)",
         "y": "ms/token",
+        "marks": True,
         "series": series,
     }
 
@@ -136,7 +139,7 @@ def _histogram(row: Row) -> Html:
                 fill=_color(row),
             )
         )
-        labels.append(tag("span", name))
+        labels.append(tag("span", name[:2], tag("wbr"), name[2:]))
     return tag(
         "div",
         tag("div", run_label(row.run.metadata), class_="label"),

@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from pipespec.reporting.data import Group, Row, Run
-from pipespec.reporting.markup import Html, tag
+from pipespec.reporting.data import Row, Run
+from pipespec.reporting.markup import Html, join, tag
 from pipespec.results.labels import lookahead_text, model_names, run_label
 
 NOTHING: Final = "-"
+# Headings, and what they mean where that is not plain.
 _COLUMNS: Final = (
     ("strategy", ""),
     ("models", "smallest draft first, target last"),
@@ -24,20 +25,43 @@ _COLUMNS: Final = (
     ("acceptance rate", "accepted by scored candidates; a value a pair, the target's last"),
     ("block efficiency", "tokens a verification, the target's own included; a value a pair"),
     ("J/token", "by energy counter, else estimated from power samples of the run's GPUs"),
-    ("utilization", "percent, mean over the run's devices and its time"),
+    ("utilization", "mean over the run's devices and its time"),
     ("same text as greedy", "of the prompts that both have"),
 )
+_FIRST_NUMBER: Final = 2
+_OF_DEVICES: Final = ("J/token", "utilization")
 _MACHINE: Final = ("host", "cpu", "platform", "commit", "pipespec_version", "versions")
-_NUM_TEXT_COLUMNS: Final = 2
 
 
-def summary_table(group: Group) -> Html:
-    """A row a run; the fastest is marked."""
-    fastest = max(group.rows, key=lambda row: row.summary.tokens_per_s or 0.0)
-    head = [tag("th", name, scope="col", title=hint or None) for name, hint in _COLUMNS]
-    body = [_summary_row(row, row is fastest) for row in group.rows]
+def summary_table(rows: Sequence[Row], label: str) -> Html:
+    """A row a run; the fastest is marked. Columns without a value are left out, and named below if
+    they might have one."""
+    fastest = max(rows, key=lambda row: row.summary.tokens_per_s or 0.0)
+    cells = [_cells(row) for row in rows]
+    known = [any(line[n] != NOTHING for line in cells) for n in range(len(_COLUMNS))]
+    head = [
+        tag("th", name, scope="col", title=hint or None, class_=_kind(index))
+        for index, (name, hint) in enumerate(_COLUMNS)
+        if known[index]
+    ]
+    body = [
+        tag(
+            "tr",
+            tag("th", line[0], scope="row"),
+            *(tag("td", line[n], class_=_kind(n)) for n in range(1, len(line)) if known[n]),
+            class_="fastest" if row is fastest else None,
+        )
+        for row, line in zip(rows, cells)
+    ]
     table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_="summary")
-    return _scrolling(table, f"runs on {group.dataset}, target {group.target}")
+    has_drafts = any(row.run.metadata["strategy"] != "greedy" for row in rows)
+    unknown = [
+        name
+        for (name, _), is_known in zip(_COLUMNS, known)
+        if not is_known and (has_drafts or name in _OF_DEVICES)
+    ]
+    note = tag("p", f"Not known of these runs: {', '.join(unknown)}.", class_="note")
+    return join(_scrolling(table, label), note if unknown else "")
 
 
 def machine_table(runs: Sequence[Run]) -> Html:
@@ -57,8 +81,8 @@ def machine_table(runs: Sequence[Run]) -> Html:
     return tag("div", *blocks)
 
 
-def config_details(run: Run) -> Html:
-    """Models and every other key of the metadata, folded under the run's name."""
+def config_details(run: Run, label: str) -> Html:
+    """Models and every other key of the metadata, folded under the run's label."""
     others = {
         key: value
         for key, value in run.metadata.items()
@@ -66,7 +90,7 @@ def config_details(run: Run) -> Html:
     }
     return tag(
         "details",
-        tag("summary", run_label(run.metadata, name_dataset=True)),
+        tag("summary", label),
         tag("p", "File: ", tag("code", run.path)),
         _models(run),
         _facts(list(_flat("", others)), "settings"),
@@ -78,16 +102,18 @@ def number(value: float | None, num_digits: int) -> str:
     return NOTHING if value is None else f"{value:,.{num_digits}f}"
 
 
-def _summary_row(row: Row, is_fastest: bool) -> Html:
+def _cells(row: Row) -> tuple[str, ...]:
+    """In the order of `_COLUMNS`."""
     summary, metadata = row.summary, row.run.metadata
-    same_prompts = row.comparison and row.comparison.speed_up
-    cells = (
-        " > ".join(model_names(metadata)),
+    names = [tag("span", name, class_="name") for name in model_names(metadata)]
+    return (
+        metadata["strategy"],
+        Html(" &gt; ".join(names)),
         lookahead_text(metadata),
         f"{summary.num_samples:,}",
         number(summary.ms_per_token, 2),
         number(summary.tokens_per_s, 1),
-        _times(same_prompts),
+        _times(row.comparison and row.comparison.speed_up),
         _times(row.published_speed_up),
         _pairs(summary.acceptance_rate, 3),
         _pairs(summary.block_efficiency, 2),
@@ -95,15 +121,10 @@ def _summary_row(row: Row, is_fastest: bool) -> Html:
         NOTHING if row.utilization is None else f"{row.utilization:.0f} %",
         _same_text(row),
     )
-    return tag(
-        "tr",
-        tag("th", metadata["strategy"], scope="row"),
-        *(
-            tag("td", cell, class_=None if index < _NUM_TEXT_COLUMNS - 1 else "number")
-            for index, cell in enumerate(cells)
-        ),
-        class_="fastest" if is_fastest else None,
-    )
+
+
+def _kind(column: int) -> str | None:
+    return "number" if column >= _FIRST_NUMBER else None
 
 
 def _same_text(row: Row) -> str:
