@@ -309,5 +309,3 @@ def _thinned(points: list[Any]) -> list[Any]:
 def _digest(text: str) -> str:
     """Stands for a text where only its equality counts."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
-
-

@@ -118,7 +118,9 @@ def _all_runs(group: Group, name: str) -> Html:
 
 def _sample_section(num_samples: int, runs: Sequence[Run]) -> Html:
     total = sum(len(run.samples) for run in runs)
-    notes = [f"{num_samples:,} of {total:,} samples are on this page"] if num_samples < total else []
+    notes = (
+        [f"{num_samples:,} of {total:,} samples are on this page"] if num_samples < total else []
+    )
     notes.append(f"texts are cut at {MAX_TEXT:,} characters")
     return tag(
         "section",
@@ -131,7 +133,9 @@ def _sample_section(num_samples: int, runs: Sequence[Run]) -> Html:
 
 
 def _configs(runs: Sequence[Run], names_dataset: bool) -> list[Html]:
-    return [config_details(run, run_label(run.metadata, name_dataset=names_dataset)) for run in runs]
+    return [
+        config_details(run, run_label(run.metadata, name_dataset=names_dataset)) for run in runs
+    ]
 
 
 def _drill_down(rows: Sequence[Row], names_dataset: bool) -> dict[str, Any]:
