@@ -28,7 +28,8 @@ LAYERS = (
     ("planning",),
     (
         *("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
-        *("comparison", "compare", "checkup", "doctor", "reporting", "report"),
+        *("comparison", "compare", "checkup", "doctor", "statistics", "print_benchmark_stats"),
+        *("reporting", "report"),
     ),
 )
 # Commands that live beside what they are about; nothing may import them.
@@ -81,7 +82,7 @@ LIGHT = (
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
     *("pipespec.demo.train", "pipespec.demo.evaluate"),
-    *("pipespec.planning.meter", "pipespec.report"),
+    *("pipespec.planning.meter", "pipespec.print_benchmark_stats", "pipespec.report"),
 )
 
 

@@ -6,9 +6,10 @@ Works on PipeSpec's metadata and the original's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Final
 
-from pipespec.config import STRATEGIES
+from pipespec.config import STRATEGIES, SamplingParams
 
 # Told apart by everybody, and in grey by their lightness (Okabe and Ito's colours).
 COLORS: Final[Mapping[str, str]] = {
@@ -42,9 +43,32 @@ def dataset_name(metadata: Metadata) -> str:
     return str(metadata.get("dataset") or "?").rstrip("/").rsplit("/", 1)[-1]
 
 
-def comparison_key(metadata: Metadata) -> tuple[str, str]:
-    """Runs are compared if these are alike: the data set and the target."""
-    return dataset_name(metadata), model_names(metadata)[-1]
+def text_settings(metadata: Metadata) -> str:
+    """What decides a text besides target and prompt, in words; of the original's files, which say
+    nothing of it, nothing."""
+    parts = []
+    if (limit := metadata.get("max_new_tokens")) is not None:
+        parts.append(f"at most {limit} new tokens")
+    sampling = metadata.get("sampling")
+    if isinstance(sampling, Mapping) and sampling.get("temperature"):
+        usual = asdict(SamplingParams())
+        parts += [
+            f"{name.replace('_', '-')} {value}"
+            for name, value in sampling.items()
+            if value != usual.get(name)
+        ]
+    stop = metadata.get("stop")
+    if isinstance(stop, list) and stop:
+        parts.append("stop at " + " or ".join(map(repr, stop)))
+    if metadata.get("generation_prompt") is False:
+        parts.append("no generation prompt")
+    return ", ".join(parts)
+
+
+def comparison_key(metadata: Metadata) -> tuple[str, str, str]:
+    """Runs are compared if these are alike: the data set, the target, and what else decides the
+    text."""
+    return dataset_name(metadata), model_names(metadata)[-1], text_settings(metadata)
 
 
 def lookahead(metadata: Metadata) -> int:
@@ -60,11 +84,12 @@ def lookahead_text(metadata: Metadata) -> str:
     return "auto" if metadata.get("lookahead_mode") == "auto" else str(lookahead(metadata))
 
 
-def run_order(metadata: Metadata) -> tuple[str, int, tuple[str, ...], int]:
-    """For sorting: by data set, strategy, models, lookahead."""
+def run_order(metadata: Metadata) -> tuple[str, int, int, tuple[str, ...], int]:
+    """For sorting: by data set, strategy, number of models, their names, lookahead."""
     strategy = metadata["strategy"]
     place = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
-    return dataset_name(metadata), place, model_names(metadata), lookahead(metadata)
+    names = model_names(metadata)
+    return dataset_name(metadata), place, len(names), names, lookahead(metadata)
 
 
 def run_label(metadata: Metadata, *, name_dataset: bool = False) -> str:
