@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from pipespec.commands.arguments import Parser
-from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import run_command
+from pipespec.commands.reading import read_results
 from pipespec.errors import UsageError
-from pipespec.reporting.data import read_report_runs
+from pipespec.reporting.data import Keeper, group_samples
 from pipespec.reporting.page import make_page
-from pipespec.results import ensure_writable_file, find_files
+from pipespec.results import ensure_writable_file
 
 DEFAULT_MAX_SAMPLES: Final = 20
 SUFFIXES: Final = (".html", ".htm")
@@ -59,16 +59,10 @@ def _report(arguments: Sequence[str] | None) -> int:
     if output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--output is {output}; it must end in {' or '.join(SUFFIXES)}")
     ensure_writable_file(output, "--output")
-    display = Display(make_console(stderr=True))
+    keeper = Keeper(options.max_samples)
     skipped: list[str] = []
-    files = find_files([options.results])
-    try:
-        with display.parts("reading", len(files)) as on_file:
-            runs = read_report_runs(files, options.max_samples, skipped.append, on_file)
-    finally:
-        for line in skipped:
-            display.line(line)
-    page = make_page(runs, skipped)
+    runs = read_results([options.results], keeper, on_file=keeper.on_file, on_skip=skipped.append)
+    page = make_page(group_samples(runs), skipped)
     _write(output, page.html)
     num_runs = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
     print(f"{num_runs}, {page.num_samples} samples to look at: {output}")

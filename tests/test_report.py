@@ -16,11 +16,12 @@ from reports import own_sample, write_both, write_run
 from pipespec import report
 from pipespec.metrics import speed_up, summarise
 from pipespec.reporting import page as page_module
-from pipespec.reporting.data import Group, Run, gpus_of, grouped, read_report_runs
+from pipespec.reporting.data import Keeper, Run, RunGroup, device_names, devices_of, group_samples
 from pipespec.reporting.markup import Html, embedded, join, tag
 from pipespec.reporting.plots import BINS, lookahead_curves, progress_curves, shares
-from pipespec.reporting.verifications import curve, verifications
-from pipespec.results import find_files, load_results
+from pipespec.reporting.verifications import curve, verifications, without_corrections
+from pipespec.results import load_results, read_runs
+from pipespec.statistics.comparison import comparison_tables
 
 ORIGINALS = SHARED_DATA / "pipespec_results"
 NASTY = "</script><script>bad()</script> & <b>\"'\u2028 \ud800 \U0001f600"
@@ -70,11 +71,12 @@ class Reader(HTMLParser):
         return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
 
 
-def runs_of(folder: Path, max_samples: int = 5) -> list[Run]:
+def groups_of(folder: Path, max_samples: int = 5) -> list[RunGroup]:
     skipped: list[str] = []
-    runs = read_report_runs(find_files([folder]), max_samples, skipped.append, lambda _: None)
+    keeper = Keeper(max_samples)
+    runs = read_runs([folder], keeper, skipped.append, keeper.on_file)
     assert not skipped
-    return runs
+    return group_samples(runs)
 
 
 def read_page(folder: Path, *flags: str) -> Reader:
@@ -91,21 +93,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def only_group(folder: Path) -> Group:
-    (group,) = grouped(runs_of(folder))
+def only_group(folder: Path) -> RunGroup:
+    (group,) = groups_of(folder)
     return group
+
+
+def by_strategy(folder: Path) -> dict[str, Run]:
+    return {run.metadata["strategy"]: run for run in only_group(folder).runs}
 
 
 # -- numbers -------------------------------------------------------------------------------------
 
 
-def assert_numbers_are_those_of_the_files(group: Group) -> None:
-    for row in group.rows:
-        whole = load_results(row.run.path)
-        assert row.summary == summarise(whole.results)
-        if row.greedy is not None:
-            greedy = load_results(row.greedy.path)
-            assert row.comparison == speed_up(whole.results, greedy.results)
+def assert_numbers_are_those_of_the_files(group: RunGroup) -> None:
+    for run in group.runs:
+        whole = load_results(run.path)
+        assert run.compared.summary == summarise(whole.results)
+        greedy = group.greedy_of(run)
+        if greedy is not None:
+            baseline = load_results(greedy.path)
+            assert run.compared.comparison == speed_up(whole.results, baseline.results)
 
 
 def test_numbers_are_those_of_metrics_on_the_whole_files(folder: Path) -> None:
@@ -113,70 +120,89 @@ def test_numbers_are_those_of_metrics_on_the_whole_files(folder: Path) -> None:
     write_run(folder, "chain", [own_sample(n, "chain", f"another {n % 2}") for n in range(1, 7)])
     group = only_group(folder)
     assert_numbers_are_those_of_the_files(group)
-    by_strategy = {row.run.metadata["strategy"]: row for row in group.rows}
-    chain = by_strategy["chain"]
-    assert chain.comparison is not None and chain.comparison.num_matched == 3
-    assert chain.comparison.differing == (1, 2, 3)
-    assert chain.published_speed_up == pytest.approx(1.2)
     cells = read_page(folder).rows()["chain"]
-    assert cells["speed-up, same prompts"] == "1.20x"
+    assert cells["speed-up (same prompts)"] == "1.20x"
     assert cells["acceptance rate"] == "0.429"
-    assert cells["same text as greedy"] == "0 of 3"
+    assert cells["same text"] == "0/3"
+    assert cells["samples"] == "6"
+
+
+def test_the_table_is_the_one_of_print_benchmark_stats(folder: Path) -> None:
+    write_both(folder, 4)
+    (table,) = comparison_tables([only_group(folder).group], show_all=True)
+    rows = read_page(folder).rows()
+    for row in table.rows:
+        cells = rows[str(row["strategy"])]
+        for column in table.shown[1:]:
+            assert cells[column.header] == " / ".join(column.cells(row))
 
 
 @pytest.mark.shared_data
-def test_the_originals_numbers_come_out_as_published(tmp_path: Path) -> None:
-    runs = runs_of(ORIGINALS, max_samples=0)
-    groups = {group.target: group for group in grouped(runs)}
-    assert {name: len(group.rows) for name, group in groups.items()} == {
+def test_the_originals_numbers_come_out_as_published() -> None:
+    groups = {group.group.target: group for group in groups_of(ORIGINALS, max_samples=0)}
+    assert {name: len(group.runs) for name, group in groups.items()} == {
         "Llama-3.2-1B-Instruct": 1, "Llama-3.1-8B-Instruct": 42, "Meta-Llama-3.1-70B-Instruct": 7,
     }  # fmt: skip
     large = groups["Meta-Llama-3.1-70B-Instruct"]
     assert_numbers_are_those_of_the_files(large)
-    greedy, best = large.rows[0], max(large.rows, key=lambda row: row.summary.tokens_per_s or 0)
-    assert greedy.summary.ms_per_token == pytest.approx(123.69, abs=0.005)
-    assert best.summary.ms_per_token == pytest.approx(48.76, abs=0.005)
-    assert best.published_speed_up == pytest.approx(2.537, abs=0.0005)
-    assert best.comparison is not None
-    assert best.comparison.speed_up == pytest.approx(2.636, abs=0.0005)
-    assert greedy.energy_per_token_j == pytest.approx(32.9, abs=0.05)
-    assert best.energy_per_token_j == pytest.approx(26.1, abs=0.05)
-    fastest = {row.run.metadata["lookahead"] for row in groups["Llama-3.1-8B-Instruct"].best()}
-    assert fastest == {0, 7, 3}, "greedy, chain, async-chain"
+    best = max(large.runs, key=lambda run: run.tokens_per_s)
+    assert best.compared.summary.ms_per_token == pytest.approx(48.76, abs=0.005)
+    assert best.compared.comparison is not None
+    assert best.compared.comparison.speed_up == pytest.approx(2.636, abs=0.0005)
+    fastest = [run.metadata["lookahead"] for run in groups["Llama-3.1-8B-Instruct"].shown]
+    assert fastest == [0, 7, 3], "greedy, chain, async-chain"
 
 
 @pytest.mark.shared_data
-def test_the_page_of_fifty_files_stays_small(tmp_path: Path) -> None:
+def test_the_page_of_fifty_files_shows_them_and_stays_small(tmp_path: Path) -> None:
     output = tmp_path / "page.html"
     assert report.main([str(ORIGINALS), "--output", str(output)]) == 0
     assert output.stat().st_size < 3_000_000
     reader = Reader()
     reader.feed(output.read_text(encoding="utf-8"))
     assert sum(len(run["samples"]) for run in reader.data["runs"]) == 560
+    tables = [table for table in reader.tables if "ms/token" in table[0]]
+    rows = [dict(zip(table[0], line, strict=True)) for table in tables for line in table[1:]]
+    assert len(rows) == 3 + 42 + 1 + 7, "the 8B ones twice: the fastest, then all"
+    greedy, best = rows[-7], min(rows[-7:], key=lambda row: float(row["ms/token"]))
+    assert (greedy["ms/token"], greedy["J/token"]) == ("123.69", "~32.89")
+    assert (best["ms/token"], best["J/token"]) == ("48.76", "~26.06")
+    assert best["speed-up (published way)"] == "2.54x"
 
 
 def test_texts_are_compared_with_greedy_of_the_same_sampling_only(folder: Path) -> None:
     write_both(folder)
     samples = [own_sample(n, "chain") for n in range(2)]
     write_run(folder, "chain", samples, sampling={"temperature": 0.8})
-    by_strategy = {row.run.metadata["strategy"]: row for row in only_group(folder).rows}
-    assert by_strategy["chain"].comparison is None
-    assert by_strategy["chain"].published_speed_up is None
-    assert by_strategy["async-chain"].comparison is not None
+    greedy, sampled = groups_of(folder)
+    assert [run.metadata["strategy"] for run in sampled.runs] == ["chain"]
+    assert sampled.greedy_of(sampled.runs[0]) is None
+    assert all(greedy.greedy_of(run) is greedy.runs[0] for run in greedy.runs)
+    assert read_page(folder).data["runs"][2]["greedy"] is None
 
 
-def test_energy_and_utilization_are_of_the_runs_own_devices(folder: Path) -> None:
+def test_utilization_is_of_the_runs_own_devices(folder: Path) -> None:
     stats = [
-        {"timestamp": 0.0, "gpu_utilizations": [10, 50, 90], "gpu_powers": [100.0, 200.0, 999.0]},
-        {"timestamp": 0.5, "gpu_utilizations": [30, 70, 90], "gpu_powers": [140.0, 240.0, 999.0]},
+        {"timestamp": 0.0, "gpu_utilizations": [10, 50, 90]},
+        {"timestamp": 0.5, "gpu_utilizations": [30, 70, 90]},
     ]
     write_both(folder, gpustats=stats)
-    greedy, chain = only_group(folder).rows
-    assert (gpus_of(greedy.run.metadata), gpus_of(chain.run.metadata)) == ((1,), (0, 1))
-    assert greedy.utilization == pytest.approx(60)
-    assert chain.utilization == pytest.approx(40)
-    assert greedy.energy_per_token_j == pytest.approx(220 * 1.2 / 6)
-    assert chain.energy_per_token_j == pytest.approx(340 * 1.0 / 6)
+    runs = by_strategy(folder)
+    assert runs["greedy"].utilization == pytest.approx(60)
+    assert runs["async-chain"].utilization == pytest.approx(40)
+    assert read_page(folder).rows()["greedy"]["utilization"] == "60 %"
+
+
+def test_devices_are_those_that_the_monitor_names() -> None:
+    devices = [{"kind": "gpu", "name": "H200"}, {"kind": "process", "name": "Small"}]
+    metadata = {
+        "strategy": "chain", "model_configs": [{"path": "a", "devices": "cuda:3"}],
+        "monitor": {"stages": [[1], [0]], "devices": devices},
+    }  # fmt: skip
+    assert devices_of(metadata) == (0, 1)
+    assert device_names(metadata, 2) == ["GPU 0", "Small"]
+    assert devices_of({**metadata, "monitor": None}) == (3,)
+    assert device_names({**metadata, "monitor": None}, 1) == ["GPU 0"]
 
 
 @pytest.mark.parametrize(
@@ -185,25 +211,16 @@ def test_energy_and_utilization_are_of_the_runs_own_devices(folder: Path) -> Non
         [],
         [{}],
         [{"timestamp": 0.0, "gpu_utilizations": [], "gpu_powers": []}],
-        [{"timestamp": 0.0, "gpu_utilizations": [5, None], "gpu_powers": [None, None]}],
-        [{"timestamp": 0.0, "gpu_utilizations": [5]}, {"timestamp": 0.1, "gpu_utilizations": []}],
+        [{"timestamp": 0.0, "gpu_utilizations": [None, None], "gpu_powers": [None, None]}],
+        [{"timestamp": 0.0, "gpu_powers": [1.0, 1.0]}],
     ],
 )
 def test_without_its_devices_a_run_is_shown_without_their_numbers(
     folder: Path, stats: list[Any]
 ) -> None:
     write_both(folder, gpustats=stats)
-    for row in only_group(folder).rows:
-        assert row.energy_per_token_j is None
-        assert row.utilization is None
+    assert {run.utilization for run in only_group(folder).runs} == {None}
     assert "utilization" not in read_page(folder).rows()["greedy"]
-
-
-def test_a_measured_energy_counts_before_an_estimate(folder: Path) -> None:
-    sample = own_sample(0, "greedy", gpustats=[{"gpu_powers": [1.0, 1.0]}])
-    sample["metrics"]["energy_j"] = 30.0
-    write_run(folder, "greedy", [sample])
-    assert only_group(folder).rows[0].energy_per_token_j == pytest.approx(5.0)
 
 
 # -- plots ---------------------------------------------------------------------------------------
@@ -216,7 +233,7 @@ def test_a_histogram_is_of_all_verifications_that_counted(folder: Path) -> None:
     sample["metrics"]["offered_tokens"] = [[400] * 8]
     sample["metrics"]["model_starts"][-1] = [0.1] * 8
     write_run(folder, "chain", [sample])
-    found = dict(zip(BINS, shares(only_group(folder).rows[0]), strict=True))
+    found = dict(zip(BINS, shares(only_group(folder).runs[0]), strict=True))
     expected = {(1, 1): 2 / 7, (9, 9): 1 / 7, (10, 14): 2 / 7, (30, None): 2 / 7}
     assert {bin_: share for bin_, share in found.items() if share} == pytest.approx(expected)
 
@@ -236,7 +253,7 @@ def test_lookahead_curves_are_in_the_order_of_the_numbers(folder: Path) -> None:
 def test_progress_is_of_a_sample_that_all_runs_have(folder: Path) -> None:
     write_run(folder, "greedy", [own_sample(n, "greedy") for n in (1, 2)])
     write_run(folder, "chain", [own_sample(n, "chain") for n in (2, 3)])
-    chart = progress_curves(only_group(folder).best())
+    chart = progress_curves(only_group(folder).shown)
     assert chart is not None and chart["title"] == "Tokens over time, sample 2"
     assert chart["series"][1]["points"] == [(0, 0), (0.4, 1), (0.6, 4), (1.0, 6), (1.0, 6)]
 
@@ -256,20 +273,21 @@ def test_curves_of_the_original_end_at_its_total() -> None:
 
 def test_verifications_tell_correction_bonus_and_end_apart() -> None:
     metrics = own_sample(0, "chain")["metrics"]
-    found = verifications(metrics, has_branches=False)
+    found = verifications(metrics)
     assert found is not None
     assert found.accepted == [2, 0, 1], "the overtaken step is left out, the last was cut"
     assert found.own == "ca-"
     assert (found.offered, found.num_before) == ([4, 0, 3], 1)
     assert found.ends_s == pytest.approx([0.6, 0.8, 1.0])
     metrics["offered_tokens"] = [[2, 2, 0, 3]]
-    bonus = verifications(metrics, has_branches=False)
+    bonus = verifications(metrics)
     assert bonus is not None and bonus.own == "ba-"
 
 
-def test_with_branches_a_refusal_may_not_be_a_correction() -> None:
-    found = verifications(own_sample(0, "chain")["metrics"], has_branches=True)
-    assert found is not None and found.own == "ea-"
+def test_with_branches_a_refusal_may_not_be_a_correction(folder: Path) -> None:
+    assert without_corrections("cab-") == "eab-"
+    write_run(folder, "async-chain", [own_sample(0, "async-chain")], tree=4)
+    assert read_page(folder).data["runs"][0]["samples"][0]["written"]["own"] == "ea-"
 
 
 def test_what_the_original_did_not_record_is_not_guessed() -> None:
@@ -277,11 +295,11 @@ def test_what_the_original_did_not_record_is_not_guessed() -> None:
         "total_time": 2.0, "tokens_generated": 20, "model_times": [[0.1] * 9, [0.2, 0.6]],
         "accepted_tokens": [[4, 7]],
     }  # fmt: skip
-    found = verifications(metrics, has_branches=False)
+    found = verifications(metrics)
     assert found is not None
     assert (found.accepted, found.own, found.num_before) == ([3, 6], "ee", 0)
     assert found.offered is None and found.ends_s is None
-    assert verifications(own_sample(0, "greedy")["metrics"], has_branches=False) is None
+    assert verifications(own_sample(0, "greedy")["metrics"]) is None
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -409,7 +427,7 @@ def test_wrong_input_is_one_line_before_any_work(
     monkeypatch.chdir(folder.parent)
     for name in ("folder.html", "empty"):
         Path(name).mkdir()
-    monkeypatch.setattr(report, "read_report_runs", None)
+    monkeypatch.setattr(report, "make_page", None)
     assert report.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line

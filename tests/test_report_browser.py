@@ -110,7 +110,7 @@ def test_the_reader_goes_on_to_the_next_sample_and_another_verification(tmp_path
     found = browse(page, "", tmp_path / "profile", f"--screenshot={shot}")
     assert found.texts["prompt"] == "prompt 1"
     assert found.texts["step-facts"].startswith("3 of 3: 1 of 3 accepted, then the end; forward")
-    assert "device 1" in found.texts["utilization"]
+    assert "GPU 1" in found.texts["utilization"]
     assert shot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -175,10 +175,9 @@
     return { title: `Tokens over time${note}`, x: "seconds since the prompt was submitted", y: "tokens", series };
   }
 
-  function utilizationChart(sample) {
-    const numDevices = Math.max(...sample.utilization.map(([, values]) => values.length));
-    const series = Array.from({ length: numDevices }, (_, device) => ({
-      label: `device ${device}`,
+  function utilizationChart(run, sample) {
+    const series = run.devices.map((label, device) => ({
+      label,
       color: DEVICE_COLORS[device % DEVICE_COLORS.length],
       dash: DEVICE_DASHES[device % DEVICE_DASHES.length],
       points: sample.utilization.map(([at, values]) => [at, values[device] ?? null]),
@@ -224,7 +223,7 @@
     }
     drawChart(byId("progress"), progressChart(data.runs[run], sample));
     byId("utilization").hidden = sample.utilization.length < 2;
-    if (sample.utilization.length >= 2) drawChart(byId("utilization"), utilizationChart(sample));
+    if (sample.utilization.length >= 2) drawChart(byId("utilization"), utilizationChart(data.runs[run], sample));
   }
 
   /** Shows what the reader chose, and puts it into the address: #run=1&sample=2. */

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Final
 
-from pipespec.reporting.data import MAX_TEXT, Detail, Group, Row, Run, Sample, grouped
+from pipespec.reporting.data import MAX_TEXT, Detail, Run, RunGroup, Sample, device_names
 from pipespec.reporting.markup import Html, embedded, join, tag
 from pipespec.reporting.plots import (
-    MAX_BARS,
     accepted_histograms,
     lookahead_curves,
     progress_curves,
     speed_bars,
 )
-from pipespec.reporting.tables import config_details, machine_table, summary_table
-from pipespec.results.labels import TOKEN_COLORS, run_color, run_label
+from pipespec.reporting.tables import comparison_table, config_details, html_table, machine_table
+from pipespec.reporting.verifications import without_corrections
+from pipespec.results.labels import TOKEN_COLORS, dataset_name, run_color, run_label
+from pipespec.statistics.tables import Table
 
 MAX_DETAIL_BYTES: Final = 4_000_000  # of samples to choose from; a page of that size still opens
-MARK: Final = '<meta name="generator" content="pipespec.report">'
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +36,21 @@ class Page:
     num_samples: int
 
 
-def make_page(runs: Sequence[Run], skipped: Sequence[str]) -> Page:
+def make_page(groups: Sequence[RunGroup], skipped: Sequence[str]) -> Page:
     """The page of these runs. skipped: a line for each file that was passed over."""
-    groups = grouped(runs)
-    rows = [row for group in groups for row in group.rows]
-    ordered = [row.run for row in rows]
-    names_dataset = len({group.dataset for group in groups}) > 1
-    data = _drill_down(rows, names_dataset)
+    runs = [run for group in groups for run in group.runs]
+    names_dataset = len({dataset_name(run.metadata) for run in runs}) > 1
+    labels = [run_label(run.metadata, name_dataset=names_dataset) for run in runs]
+    data = _drill_down(groups, labels)
     num_samples = sum(len(run["samples"]) for run in data["runs"])
     body = join(
         tag("h1", "PipeSpec report"),
-        tag("p", _extent(groups, ordered)),
+        tag("p", _extent(groups, runs)),
         _skipped(skipped),
         *map(_group_section, groups),
-        _sample_section(num_samples, ordered),
-        tag("section", tag("h2", "Machine"), machine_table(ordered)),
-        tag("section", tag("h2", "Configuration"), *_configs(ordered, names_dataset)),
+        _sample_section(num_samples, runs),
+        tag("section", tag("h2", "Machine"), machine_table(runs)),
+        tag("section", tag("h2", "Configuration"), *map(config_details, runs, labels)),
         embedded(data, "data"),
         tag("script", Html(_resource("page.js"))),
     )
@@ -59,7 +58,7 @@ def make_page(runs: Sequence[Run], skipped: Sequence[str]) -> Page:
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{MARK}<title>PipeSpec report</title>"
+        "<title>PipeSpec report</title>"
         f"<style>:root{{{colors}}}\n{_resource('page.css')}</style>"
     )
     main = tag("main", body)
@@ -67,13 +66,10 @@ def make_page(runs: Sequence[Run], skipped: Sequence[str]) -> Page:
     return Page(html, num_samples)
 
 
-def _extent(groups: Sequence[Group], runs: Sequence[Run]) -> str:
+def _extent(groups: Sequence[RunGroup], runs: Sequence[Run]) -> str:
     num_samples = sum(len(run.samples) for run in runs)
-    return (
-        f"{_count(len(runs), 'run')}, {_count(num_samples, 'sample')}, "
-        f"{_count(len(groups), 'pair')} of data set and target. "
-        "Speed-ups compare with the greedy run of the same target on the same data set."
-    )
+    tables = f", in {len(groups)} tables of runs that can be compared" if len(groups) > 1 else ""
+    return f"{_count(len(runs), 'run')}, {_count(num_samples, 'sample')}{tables}."
 
 
 def _skipped(lines: Sequence[str]) -> Html:
@@ -83,36 +79,32 @@ def _skipped(lines: Sequence[str]) -> Html:
     return tag("details", summary, tag("ul", *(tag("li", line) for line in lines)))
 
 
-def _group_section(group: Group) -> Html:
-    """Of many runs the fastest of each kind are shown first."""
-    best = group.best()
-    is_large = len(group.rows) > MAX_BARS
-    shown = best if is_large else group.rows
-    name = f"{group.dataset}, target {group.target}"
-    charts = [chart for chart in (progress_curves(best), lookahead_curves(group)) if chart]
+def _group_section(group: RunGroup) -> Html:
+    """Of runs that differ in their lookahead only, the fastest are shown and drawn; all others are
+    in a table that opens."""
+    charts = [chart for chart in (progress_curves(group.shown), lookahead_curves(group)) if chart]
+    table = comparison_table(group)
     return tag(
         "section",
-        tag("h2", name),
-        summary_table(shown, f"runs on {name}"),
-        _all_runs(group, name) if is_large else "",
+        tag("h2", group.group.title),
+        html_table(table, group.shown),
+        _all_runs(group, table),
         tag(
             "div",
-            tag("div", speed_bars(shown), accepted_histograms(best)),
+            tag("div", speed_bars(group.shown), accepted_histograms(group.shown)),
             tag("div", *(tag("figure", embedded(chart), class_="chart") for chart in charts)),
             class_="plots",
         ),
     )
 
 
-def _all_runs(group: Group, name: str) -> Html:
-    note = "Above and drawn: the fastest lookahead of each strategy and models."
-    return join(
-        tag("p", note, class_="note"),
-        tag(
-            "details",
-            tag("summary", f"All {len(group.rows)} runs"),
-            summary_table(group.rows, f"all runs on {name}"),
-        ),
+def _all_runs(group: RunGroup, table: Table) -> Html:
+    if len(group.shown) == len(group.runs):
+        return Html("")
+    return tag(
+        "details",
+        tag("summary", f"All {len(group.runs)} runs (above: the fastest lookahead of each)"),
+        html_table(replace(table, notes=()), group.runs),
     )
 
 
@@ -132,81 +124,86 @@ def _sample_section(num_samples: int, runs: Sequence[Run]) -> Html:
     )
 
 
-def _configs(runs: Sequence[Run], names_dataset: bool) -> list[Html]:
-    return [
-        config_details(run, run_label(run.metadata, name_dataset=names_dataset)) for run in runs
-    ]
-
-
-def _drill_down(rows: Sequence[Row], names_dataset: bool) -> dict[str, Any]:
+def _drill_down(groups: Sequence[RunGroup], labels: Sequence[str]) -> dict[str, Any]:
     """What the script shows: runs with their samples, each distinct text once, and the run to
     begin with. Samples are taken in turn, the first of each run, the second of each run, until the
     page is large enough."""
-    runs = [row.run for row in rows]
+    pairs = [(group, run) for group in groups for run in group.runs]
+    runs = [run for _, run in pairs]
     texts: dict[str, int] = {}
     chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
     room = MAX_DETAIL_BYTES
-    for position, sample in _in_turn(runs):
-        assert sample.detail is not None
-        new = {sample.detail.prompt, sample.detail.text} - texts.keys()
-        entry = _entry(sample, texts)
+    for place, sample, detail in _in_turn(runs):
+        new = {detail.prompt, detail.text} - texts.keys()
+        entry = _entry(sample, detail, bool(runs[place].metadata.get("tree")), texts)
         room -= sum(len(json.dumps(item)) for item in (entry, *new))
         if room < 0:
             break
-        chosen[position].append(entry)
-    places = {id(run): position for position, run in enumerate(runs)}
+        chosen[place].append(entry)
+    places = {run.path: place for place, run in enumerate(runs)}
+    baselines = [group.greedy_of(run) for group, run in pairs]
     return {
         "texts": list(texts),
-        "start": max(range(len(rows)), key=lambda place: _interest(rows[place])),
+        "start": max(range(len(runs)), key=lambda place: _interest(runs[place])),
         "runs": [
             {
-                "label": run_label(row.run.metadata, name_dataset=names_dataset),
-                "color": run_color(row.run.metadata),
-                "greedy": None if row.greedy is None else places[id(row.greedy)],
+                "label": label,
+                "color": run_color(run.metadata),
+                "greedy": None if greedy is None else places[greedy.path],
+                "devices": device_names(run.metadata, _num_devices(samples)),
                 "samples": samples,
             }
-            for row, samples in zip(rows, chosen)
+            for run, label, greedy, samples in zip(runs, labels, baselines, chosen)
         ],
     }
 
 
-def _interest(row: Row) -> float:
+def _interest(run: Run) -> float:
     """What a reader wants to see first has verifications, and the largest speed-up."""
-    if row.run.metadata["strategy"] == "greedy":
+    comparison = run.compared.comparison
+    if run.is_greedy:
         return -1.0
-    return (row.comparison and row.comparison.speed_up) or 0.0
+    return comparison.speed_up or 0.0 if comparison else 0.0
 
 
-def _in_turn(runs: Sequence[Run]) -> Iterator[tuple[int, Sample]]:
-    details = [[sample for sample in run.samples if sample.detail is not None] for run in runs]
-    for samples in itertools.zip_longest(*details):
-        yield from ((place, sample) for place, sample in enumerate(samples) if sample is not None)
+def _num_devices(samples: Sequence[Mapping[str, Any]]) -> int:
+    lists = [values for sample in samples for _, values in sample["utilization"]]
+    return max(map(len, lists), default=0)
 
 
-def _entry(sample: Sample, texts: dict[str, int]) -> dict[str, Any]:
+def _in_turn(runs: Sequence[Run]) -> Iterator[tuple[int, Sample, Detail]]:
+    """The place of a run, and one of its samples."""
+    for samples in itertools.zip_longest(*(run.samples for run in runs)):
+        for place, sample in enumerate(samples):
+            if sample is not None and sample.detail is not None:
+                yield place, sample, sample.detail
+
+
+def _entry(
+    sample: Sample, detail: Detail, has_branches: bool, texts: dict[str, int]
+) -> dict[str, Any]:
     """A sample for the script; `texts` gets what it refers to."""
-    detail, metrics = sample.detail, sample.result["metrics"]
-    assert detail is not None
+    totals = sample.accepted.totals
     return {
-        "index": sample.result["sample_index"],
+        "index": totals.sample_index,
         "prompt": texts.setdefault(detail.prompt, len(texts)),
         "text": texts.setdefault(detail.text, len(texts)),
         "numCharacters": detail.num_characters,
-        "numTokens": metrics["tokens_generated"],
-        "seconds": round(metrics["total_time"], 4),
-        "firstToken": _rounded(metrics.get("time_to_first_token_s"), 4),
+        "numTokens": totals.num_tokens,
+        "seconds": round(totals.total_time_s, 4),
+        "firstToken": _rounded(totals.time_to_first_token_s, 4),
         "finish": detail.finish_reason,
-        "divergence": metrics.get("first_divergence"),
-        "margin": metrics.get("divergence_margin"),
+        "divergence": detail.divergence,
+        "margin": detail.margin,
         "lengths": detail.token_lengths,
-        "written": _written(detail),
+        "written": _written(detail, has_branches),
         "curve": [(round(at_s, 3), count) for at_s, count in detail.curve],
         "isEstimated": detail.is_estimated,
         "utilization": [(round(at_s, 2), values) for at_s, values in detail.utilization],
     }
 
 
-def _written(detail: Detail) -> dict[str, Any] | None:
+def _written(detail: Detail, has_branches: bool) -> dict[str, Any] | None:
     """Times in milliseconds."""
     written = detail.written
     if written is None:
@@ -214,7 +211,7 @@ def _written(detail: Detail) -> dict[str, Any] | None:
     return {
         "before": written.num_before,
         "accepted": written.accepted,
-        "own": written.own,
+        "own": without_corrections(written.own) if has_branches else written.own,
         "offered": written.offered,
         "ms": [round(1000 * duration_s, 2) for duration_s in written.durations_s],
         "ends": written.ends_s and [round(1000 * end_s, 1) for end_s in written.ends_s],

@@ -5,35 +5,36 @@ Lengths are percentages, so that a plot is as wide as the window while its lette
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
-from pipespec.metrics import summarise
-from pipespec.reporting.data import Group, Row
+from pipespec.metrics.definitions import tokens_per_second
+from pipespec.reporting.data import Detail, Run, RunGroup, Sample
 from pipespec.reporting.markup import Html, tag
-from pipespec.results.labels import lookahead, model_names, run_color, run_label
+from pipespec.results.labels import lookahead, lookahead_text, model_names, run_color, run_label
 
-MAX_BARS: Final = 12  # of more runs than these, the fastest of each kind are drawn
+Points = Sequence[tuple[float, float]]
+
 # The original's bins: first and last number of tokens of each.
 BINS: Final = (*((n, n) for n in range(1, 10)), (10, 14), (15, 19), (20, 24), (25, 29), (30, None))
 # Told apart without colour, which is the strategy's.
 _DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")
 
 
-def speed_bars(rows: Sequence[Row]) -> Html:
+def speed_bars(runs: Sequence[Run]) -> Html:
     """A bar a run, tokens/s of the whole, and a dot for each of its samples."""
-    rates = [[_rate(result) for result in row.run.results] for row in rows]
-    most = max([rate for samples in rates for rate in samples], default=0.0) or 1.0
+    rates = [[rate for sample in run.samples if (rate := _rate(sample))] for run in runs]
+    most = max([rate for samples in rates for rate in samples], default=1.0)
     bars = []
-    for row, samples in zip(rows, rates):
-        speed = row.summary.tokens_per_s or 0.0
+    for run, samples in zip(runs, rates):
+        speed = f"{run.tokens_per_s:,.1f}"
         dots = [tag("circle", cx=_percent(rate / most), cy="50%", r=2.5) for rate in samples]
-        bar = tag("rect", height="100%", width=_percent(speed / most), fill=_color(row))
+        length = _percent(run.tokens_per_s / most)
+        bar = tag("rect", height="100%", width=length, fill=run_color(run.metadata))
         bars += [
-            tag("div", run_label(row.run.metadata), class_="label"),
-            tag("svg", bar, *dots, class_="track", role="img", aria_label=f"{speed:.1f} tokens/s"),
-            tag("div", f"{speed:,.1f}", class_="value"),
+            tag("div", run_label(run.metadata), class_="label"),
+            tag("svg", bar, *dots, class_="track", role="img", aria_label=f"{speed} tokens/s"),
+            tag("div", speed, class_="value"),
         ]
     scale = tag("div", tag("span", "0"), tag("span", f"{most:,.0f}"), class_="scale")
     bars += [tag("div", class_="label"), scale, tag("div", class_="value")]
@@ -41,10 +42,10 @@ def speed_bars(rows: Sequence[Row]) -> Html:
     return tag("figure", tag("figcaption", caption), tag("div", *bars, class_="bars"))
 
 
-def accepted_histograms(rows: Sequence[Row]) -> Html:
+def accepted_histograms(runs: Sequence[Run]) -> Html:
     """How many tokens each verification by the target brought, one panel a run; nothing if no run
     verifies."""
-    panels = [_histogram(row) for row in rows if row.summary.acceptance_rate]
+    panels = [_histogram(run) for run in runs if run.emitted]
     if not panels:
         return Html("")
     caption = (
@@ -54,14 +55,9 @@ def accepted_histograms(rows: Sequence[Row]) -> Html:
     return tag("figure", tag("figcaption", caption), tag("div", *panels, class_="panels"))
 
 
-def shares(row: Row) -> list[float]:
+def shares(run: Run) -> list[float]:
     """Of the target's verifications, the share in each of `BINS`."""
-    counts = Counter(
-        count
-        for result in row.run.results
-        for count in result["metrics"]["accepted_tokens"][-1]
-        if count > 0
-    )
+    counts = run.emitted
     total = counts.total() or 1
     return [
         sum(n for count, n in counts.items() if first <= count <= (last or count)) / total
@@ -69,27 +65,35 @@ def shares(row: Row) -> list[float]:
     ]
 
 
-def lookahead_curves(group: Group) -> dict[str, Any] | None:
-    """Milliseconds per token over lookahead, where a strategy ran with several."""
-    lines: dict[tuple[str, ...], list[Row]] = {}
-    for row in group.rows:
-        metadata = row.run.metadata
-        if metadata["strategy"] != "greedy" and row.summary.ms_per_token is not None:
-            lines.setdefault((metadata["strategy"], *model_names(metadata)), []).append(row)
-    lines = {key: rows for key, rows in lines.items() if len(_lookaheads(rows)) > 1}
-    if not lines:
+def lookahead_curves(group: RunGroup) -> dict[str, Any] | None:
+    """Milliseconds per token over lookahead, where a strategy ran with several that were set; the
+    fastest run of each."""
+    lines: dict[tuple[str, ...], dict[int, Run]] = {}
+    for run in group.runs:
+        metadata = run.metadata
+        if not run.is_greedy and lookahead_text(metadata) != "auto":
+            key = (metadata["strategy"], *model_names(metadata))
+            known = lines.setdefault(key, {})
+            place = lookahead(metadata)
+            if place not in known or run.tokens_per_s > known[place].tokens_per_s:
+                known[place] = run
+    drawn = {key: runs for key, runs in lines.items() if len(runs) > 1}
+    if not drawn:
         return None
     series = [
-        _line(f"{strategy}, {' > '.join(names)}", rows[0], index, _points(rows))
-        for index, ((strategy, *names), rows) in enumerate(lines.items())
+        _line(
+            f"{key[0]}, {' > '.join(key[1:])}",
+            next(iter(runs.values())),
+            index,
+            [(place, _ms_per_token(run)) for place, run in sorted(runs.items())],
+        )
+        for index, (key, runs) in enumerate(drawn.items())
     ]
-    drawn = [row for rows in lines.values() for row in rows]
-    first, last = _lookaheads(drawn)[0], _lookaheads(drawn)[-1]
-    for row in group.rows:
-        if row.run.metadata["strategy"] == "greedy" and row.summary.ms_per_token is not None:
-            flat = [(first, row.summary.ms_per_token), (last, row.summary.ms_per_token)]
-            series.insert(0, _line(run_label(row.run.metadata), row, 0, flat))
-            break
+    places = [place for runs in drawn.values() for place in runs]
+    greedy = next((run for run in group.runs if run.is_greedy), None)
+    if greedy is not None:
+        flat = [(place, _ms_per_token(greedy)) for place in (min(places), max(places))]
+        series.insert(0, _line(run_label(greedy.metadata), greedy, 0, flat))
     return {
         "title": "Time per token by lookahead",
         "x": "lookahead (tokens)",
@@ -99,31 +103,30 @@ def lookahead_curves(group: Group) -> dict[str, Any] | None:
     }
 
 
-def progress_curves(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Tokens over time of the first sample that all of `rows` have in detail."""
-    shared = set.intersection(*(_detailed(row) for row in rows)) if rows else set()
+def progress_curves(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Tokens over time of the first sample that all of `runs` have in detail."""
+    details = [_details(run) for run in runs]
+    shared = set.intersection(*map(set, details)) if details else set()
     if not shared:
         return None
     index = min(shared)
-    series = []
-    are_estimated = False
-    for position, row in enumerate(rows):
-        (sample,) = (s for s in row.run.samples if s.result["sample_index"] == index)
-        assert sample.detail is not None
-        are_estimated = are_estimated or sample.detail.is_estimated
-        series.append(_line(run_label(row.run.metadata), row, position, sample.detail.curve))
+    chosen = [of_run[index] for of_run in details]
+    are_estimated = any(detail.is_estimated for detail in chosen)
     note = "; of runs that recorded no times of their verifications, estimated"
     return {
         "title": f"Tokens over time, sample {index}{note if are_estimated else ''}",
         "x": "seconds since the prompt was submitted",
         "y": "tokens",
-        "series": series,
+        "series": [
+            _line(run_label(run.metadata), run, place, detail.curve)
+            for place, (run, detail) in enumerate(zip(runs, chosen))
+        ],
     }
 
 
-def _histogram(row: Row) -> Html:
-    values = shares(row)
-    most = max(values) or 1.0
+def _histogram(run: Run) -> Html:
+    values = shares(run)
+    most = max(values)
     width = 100 / len(BINS)
     bars, labels = [], []
     for index, ((first, last), value) in enumerate(zip(BINS, values)):
@@ -136,50 +139,42 @@ def _histogram(row: Row) -> Html:
                 width=f"{width * 0.8:.2f}%",
                 y=_percent(1 - value / most),
                 height=_percent(value / most),
-                fill=_color(row),
+                fill=run_color(run.metadata),
             )
         )
-        labels.append(tag("span", name[:2], tag("wbr"), name[2:]))
+        labels.append(tag("span", name[:2], Html("<wbr>"), name[2:]))
+    label = f"of the verifications brought so many tokens: {run_label(run.metadata)}"
     return tag(
         "div",
-        tag("div", run_label(row.run.metadata), class_="label"),
+        tag("div", run_label(run.metadata), class_="label"),
         tag("div", f"{100 * most:.0f} %", class_="most"),
-        tag("svg", *bars, class_="histogram", role="img", aria_label="histogram"),
+        tag("svg", *bars, class_="histogram", role="img", aria_label=label),
         tag("div", *labels, class_="bins"),
         class_="panel",
     )
 
 
-def _line(
-    label: str, row: Row, index: int, points: Sequence[tuple[float, float | None]]
-) -> dict[str, Any]:
-    rounded = [(round(x, 3), y if y is None else round(y, 3)) for x, y in points]
+def _line(label: str, run: Run, index: int, points: Points) -> dict[str, Any]:
     return {
         "label": label,
-        "color": _color(row),
+        "color": run_color(run.metadata),
         "dash": _DASHES[index % len(_DASHES)],
-        "points": rounded,
+        "points": [(round(x, 4), round(y, 3)) for x, y in points],
     }
 
 
-def _lookaheads(rows: Sequence[Row]) -> list[int]:
-    return sorted({lookahead(row.run.metadata) for row in rows})
+def _details(run: Run) -> dict[int, Detail]:
+    """By sample index."""
+    return {s.accepted.totals.sample_index: s.detail for s in run.samples if s.detail is not None}
 
 
-def _points(rows: Sequence[Row]) -> list[tuple[float, float | None]]:
-    return sorted((lookahead(row.run.metadata), row.summary.ms_per_token) for row in rows)
+def _ms_per_token(run: Run) -> float:
+    return run.compared.summary.ms_per_token or 0.0
 
 
-def _detailed(row: Row) -> set[int]:
-    return {s.result["sample_index"] for s in row.run.samples if s.detail is not None}
-
-
-def _rate(result: dict[str, Any]) -> float:
-    return summarise([result]).tokens_per_s or 0.0
-
-
-def _color(row: Row) -> str:
-    return run_color(row.run.metadata)
+def _rate(sample: Sample) -> float | None:
+    totals = sample.accepted.totals
+    return tokens_per_second(totals.total_time_s, totals.num_tokens)
 
 
 def _percent(share: float) -> str:

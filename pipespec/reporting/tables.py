@@ -5,63 +5,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from pipespec.reporting.data import Row, Run
+from pipespec.reporting.data import Run, RunGroup
 from pipespec.reporting.markup import Html, join, tag
-from pipespec.results.labels import lookahead_text, model_names, run_label
+from pipespec.results.labels import run_label
+from pipespec.statistics.comparison import comparison_tables
+from pipespec.statistics.tables import NOTHING, Column, Row, Table
 
-NOTHING: Final = "-"
-# Headings, and what they mean where that is not plain.
-_COLUMNS: Final = (
-    ("strategy", ""),
-    ("models", "smallest draft first, target last"),
-    ("lookahead", "candidates to wait for before a verification"),
-    ("samples", ""),
-    ("ms/token", "all seconds by all tokens, prefill included"),
-    ("tokens/s", "all tokens by all seconds, prefill included"),
-    ("speed-up, same prompts", "over greedy, on the prompts that both have"),
-    ("speed-up, as published", "over greedy, all samples of each, whichever they are"),
-    ("acceptance rate", "accepted by scored candidates; a value a pair, the target's last"),
-    ("block efficiency", "tokens a verification, the target's own included; a value a pair"),
-    ("J/token", "by energy counter, else estimated from power samples of the run's GPUs"),
-    ("utilization", "mean over the run's devices and its time"),
-    ("same text as greedy", "of the prompts that both have"),
-)
-_FIRST_NUMBER: Final = 2
-_OF_DEVICES: Final = ("J/token", "utilization")
 _MACHINE: Final = ("host", "cpu", "platform", "commit", "pipespec_version", "versions")
+_UTILIZATION: Final = Column("utilization_percent", "utilization", unit=" %")
 
 
-def summary_table(rows: Sequence[Row], label: str) -> Html:
-    """A row a run; the fastest is marked. Columns without a value are left out, and named below if
-    they might have one."""
-    fastest = max(rows, key=lambda row: row.summary.tokens_per_s or 0.0)
-    cells = [_cells(row) for row in rows]
-    known = [any(line[n] != NOTHING for line in cells) for n in range(len(_COLUMNS))]
-    head = [
-        tag("th", name, scope="col", title=hint or None, class_=_kind(index))
-        for index, (name, hint) in enumerate(_COLUMNS)
-        if known[index]
-    ]
+def comparison_table(group: RunGroup) -> Table:
+    """The table of `print_benchmark_stats` for all runs, with the utilization of their devices."""
+    (table,) = comparison_tables([group.group], show_all=True)
+    utilization = {str(run.path): run.utilization for run in group.runs}
+    rows = tuple({**row, _UTILIZATION.name: utilization[str(row["file"])]} for row in table.rows)
+    return replace(table, columns=(*table.columns, _UTILIZATION), rows=rows)
+
+
+def html_table(table: Table, runs: Sequence[Run]) -> Html:
+    """The rows of some runs; the fastest is marked. The notes stand below."""
+    files = {str(run.path) for run in runs}
+    rows = [row for row in table.rows if row["file"] in files]
+    columns = table.shown
+    fastest = max(rows, key=_tokens_per_s)
+    head = [tag("th", column.header, scope="col", class_=_kind(column)) for column in columns]
     body = [
         tag(
             "tr",
-            tag("th", line[0], scope="row"),
-            *(tag("td", line[n], class_=_kind(n)) for n in range(1, len(line)) if known[n]),
+            tag("th", *_cell(columns[0], row), scope="row"),
+            *(tag("td", *_cell(column, row), class_=_kind(column)) for column in columns[1:]),
             class_="fastest" if row is fastest else None,
         )
-        for row, line in zip(rows, cells)
+        for row in rows
     ]
-    table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_="summary")
-    has_drafts = any(row.run.metadata["strategy"] != "greedy" for row in rows)
-    unknown = [
-        name
-        for (name, _), is_known in zip(_COLUMNS, known)
-        if not is_known and (has_drafts or name in _OF_DEVICES)
-    ]
-    note = tag("p", f"Not known of these runs: {', '.join(unknown)}.", class_="note")
-    return join(_scrolling(table, label), note if unknown else "")
+    made = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_="summary")
+    notes = [tag("li", note) for note in table.notes]
+    return join(_scrolling(made, table.title), tag("ul", *notes, class_="note") if notes else "")
 
 
 def machine_table(runs: Sequence[Run]) -> Html:
@@ -97,43 +80,20 @@ def config_details(run: Run, label: str) -> Html:
     )
 
 
-def number(value: float | None, num_digits: int) -> str:
-    """As text; a hyphen for what is not known."""
-    return NOTHING if value is None else f"{value:,.{num_digits}f}"
+def _cell(column: Column, row: Row) -> list[Html]:
+    """The items of a value, of which none is broken over lines."""
+    between = Html(" &gt; ") if column.is_text else Html(" / ")
+    items = [tag("span", text, class_="item") for text in column.cells(row)]
+    return [part for item in items for part in (between, item)][1:]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    """In the order of `_COLUMNS`."""
-    summary, metadata = row.summary, row.run.metadata
-    names = [tag("span", name, class_="name") for name in model_names(metadata)]
-    return (
-        metadata["strategy"],
-        Html(" &gt; ".join(names)),
-        lookahead_text(metadata),
-        f"{summary.num_samples:,}",
-        number(summary.ms_per_token, 2),
-        number(summary.tokens_per_s, 1),
-        _times(row.comparison and row.comparison.speed_up),
-        _times(row.published_speed_up),
-        _pairs(summary.acceptance_rate, 3),
-        _pairs(summary.block_efficiency, 2),
-        number(row.energy_per_token_j, 2),
-        NOTHING if row.utilization is None else f"{row.utilization:.0f} %",
-        _same_text(row),
-    )
+def _kind(column: Column) -> str | None:
+    return None if column.is_text else "number"
 
 
-def _kind(column: int) -> str | None:
-    return "number" if column >= _FIRST_NUMBER else None
-
-
-def _same_text(row: Row) -> str:
-    comparison = row.comparison
-    if row.greedy is row.run or comparison is None or not comparison.num_matched:
-        return NOTHING
-    if comparison.differing:
-        return f"{comparison.num_same_text} of {comparison.num_matched}"
-    return f"yes, {comparison.num_matched}"
+def _tokens_per_s(row: Row) -> float:
+    value = row["tokens_per_s"]
+    return value if isinstance(value, float) else 0.0
 
 
 def _models(run: Run) -> Html:
@@ -170,16 +130,6 @@ def _text(value: object) -> str:
 def _which(runs: Sequence[Run]) -> str:
     labels = "; ".join(run_label(run.metadata, name_dataset=True) for run in runs[:3])
     return labels + (f"; and {len(runs) - 3} more" if len(runs) > 3 else "")
-
-
-def _times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}x"
-
-
-def _pairs(values: Sequence[float | None], num_digits: int) -> str:
-    if all(value is None for value in values):
-        return NOTHING
-    return " / ".join(number(value, num_digits) for value in values)
 
 
 def _scrolling(table: Html, label: str) -> Html:

@@ -37,13 +37,9 @@ class Verifications:
     num_before: int
 
 
-def verifications(metrics: Mapping[str, Any], *, has_branches: bool) -> Verifications | None:
-    """Of one sample; None for greedy.
-
-    Args:
-        has_branches: candidates beside the main path were verified too, so that a refused one
-            does not mean a correction.
-    """
+def verifications(metrics: Mapping[str, Any]) -> Verifications | None:
+    """Of one sample; None for greedy. With candidates beside the main path (`--tree`), a refused
+    one does not mean a correction: see `without_corrections`."""
     if not metrics.get("accepted_tokens"):
         return None
     emitted = metrics["accepted_tokens"][-1]
@@ -53,7 +49,7 @@ def verifications(metrics: Mapping[str, Any], *, has_branches: bool) -> Verifica
     steps = [step for step, count in enumerate(emitted) if count > 0]
     accepted = [emitted[step] - 1 for step in steps]
     own = [
-        _own(count, None if offered is None else offered[step], has_branches)
+        _own(count, None if offered is None else offered[step])
         for step, count in zip(steps, accepted)
     ]
     num_accepted = _last(metrics.get("num_accepted"))
@@ -69,6 +65,11 @@ def verifications(metrics: Mapping[str, Any], *, has_branches: bool) -> Verifica
         ends_s=None if starts is None else [starts[step] + durations[step] for step in steps],
         num_before=0 if offered is None else max(0, metrics["tokens_generated"] - sum(emitted)),
     )
+
+
+def without_corrections(own: str) -> str:
+    """`Verifications.own` of a run in which more was offered than one path."""
+    return own.replace(CORRECTION, EITHER)
 
 
 def curve(metrics: Mapping[str, Any]) -> Curve:
@@ -96,14 +97,12 @@ def is_estimated(metrics: Mapping[str, Any]) -> bool:
     return "arrivals" not in metrics and "token_times" not in metrics
 
 
-def _own(num_accepted: int, num_offered: int | None, has_branches: bool) -> str:
+def _own(num_accepted: int, num_offered: int | None) -> str:
     if num_offered is None:
         return EITHER
     if not num_offered:
         return ALONE
-    if num_accepted == num_offered:
-        return BONUS
-    return EITHER if has_branches else CORRECTION
+    return BONUS if num_accepted == num_offered else CORRECTION
 
 
 def _last(values: Sequence[Any] | None) -> Any:
