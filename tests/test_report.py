@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,24 @@ from pipespec.reporting.verifications import curve, verifications, without_corre
 from pipespec.results import load_results, read_runs
 from pipespec.statistics.comparison import comparison_tables
 
+ROOT = Path(__file__).resolve().parents[1]
 ORIGINALS = SHARED_DATA / "pipespec_results"
+SEED = 5
+JUNK = (
+    None,
+    -1,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "text",
+    [],
+    [None],
+    [["x"]],
+    {},
+    {"a": []},
+    True,
+)
 NASTY = "</script><script>bad()</script> & <b>\"'\u2028 \ud800 \U0001f600"
 
 
@@ -85,6 +105,14 @@ def read_page(folder: Path, *flags: str) -> Reader:
     reader = Reader()
     reader.feed(output.read_text(encoding="utf-8"))
     return reader
+
+
+def test_the_parts_of_the_page_are_part_of_the_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["pipespec.reporting"].split(", ")
+    parts = Path(page_module.__file__).parent.glob("*.*")
+    assert {part.name for part in parts if part.suffix != ".py"} == set(patterns)
 
 
 @pytest.fixture
@@ -393,6 +421,39 @@ def test_what_is_no_result_file_is_named_and_passed_over(
         "chain.json", "cut.json", "race.json",
     ]  # fmt: skip
     assert "3 files passed over" in folder.with_name("runs.html").read_text()
+
+
+def test_whatever_stands_in_a_file_there_is_a_page_or_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One value of a whole file is replaced by another, many times; a second file is good."""
+    stats = [{"timestamp": 0.0, "gpu_utilizations": [1, 2], "gpu_powers": [1.0, 2.0]}]
+    monitor = {"stages": [[0], [1]], "devices": [{"kind": "process", "name": "a"}]}
+    samples = [own_sample(0, "chain", gpustats=stats), own_sample(1, "chain")]
+    path = write_run(folder, "chain", samples, monitor=monitor, lookahead=3, tree=2)
+    write_run(folder, "greedy", [own_sample(0, "greedy")])
+    whole, rng = path.read_text(), random.Random(SEED)
+    for _ in range(250):
+        content = json.loads(whole)
+        holder, key = rng.choice(list(places_in(content)))
+        holder[key] = rng.choice(JUNK)
+        path.write_text(json.dumps(content))
+        output = folder.with_name("runs.html")
+        assert report.main([str(folder), "--output", str(output)]) == 0, (SEED, key, holder)
+        reader = Reader()
+        reader.feed(output.read_text(encoding="utf-8"))
+        assert reader.data["runs"], (SEED, key, holder)
+    capsys.readouterr()
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in it, with each of its keys."""
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys:
+        yield value, key
+        yield from places_in(value[key])
 
 
 def test_it_fails_only_if_nothing_is_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

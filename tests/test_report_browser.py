@@ -23,6 +23,7 @@ class Elements(HTMLParser):
 
     def __init__(self, dom: str) -> None:
         super().__init__()
+        self.dom = dom
         self.texts: dict[str, str] = {}
         self.attributes: dict[str, dict[str, str | None]] = {}
         self.classes: list[tuple[str, str]] = []
@@ -81,14 +82,14 @@ def test_a_sample_is_chosen_by_address_and_shows_who_wrote_what(tmp_path: Path) 
     source = tmp_path / "runs"
     source.mkdir()
     text = "\U0001f600a </script>&<b>"
-    write_both(source, 3, text=text, token_lengths=[1, 2, 1, 9, 3, 1])
+    write_both(source, 3, text=text, token_lengths=[1, 1, 1, 9, 1, 3])
     found = browse(make_page(tmp_path, source), "#run=2&sample=2", tmp_path / "profile")
     assert found.texts["prompt"] == "prompt 2"
     assert found.texts["text"] == text
     assert found.classes == [
-        ("alone", "\U0001f600"), ("accepted", "a <"), ("correction", "/script>&"), ("alone", "<b>"),
-        ("accepted", ""),
-    ][:4]  # fmt: skip
+        ("alone", "\U0001f600"), ("accepted", "a "), ("correction", "</script>"), ("alone", "&"),
+        ("accepted", "<b>"),
+    ]  # fmt: skip
     assert "1 of 3: 2 of 4 accepted, then correction" in found.texts["step-facts"]
     assert "Approximate" not in found.texts["text-note"]
     assert "greedy" in found.texts["progress"] and "async-chain" in found.texts["progress"]
@@ -111,6 +112,7 @@ def test_the_reader_goes_on_to_the_next_sample_and_another_verification(tmp_path
     assert found.texts["prompt"] == "prompt 1"
     assert found.texts["step-facts"].startswith("3 of 3: 1 of 3 accepted, then the end; forward")
     assert "GPU 1" in found.texts["utilization"]
+    assert "<title>#run=2&amp;sample=1</title>" in found.dom
     assert shot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -161,31 +161,30 @@ def group_samples(runs: Sequence[RunExtract[Sample]]) -> list[RunGroup]:
 def devices_of(metadata: Metadata) -> tuple[int, ...]:
     """The run's places in the lists of `gpustats`: as the monitor says, else the numbers of the
     GPUs that its config names."""
-    monitor = metadata.get("monitor")
-    if isinstance(monitor, Mapping) and isinstance(monitor.get("stages"), list):
-        return tuple(sorted({place for devices in monitor["stages"] for place in devices}))
+    stages = _monitor(metadata).get("stages")
+    if isinstance(stages, list) and all(isinstance(devices, list) for devices in stages):
+        places = {place for devices in stages for place in devices if isinstance(place, int)}
+        return tuple(sorted(places))
     return gpus_of(metadata)
 
 
 def device_names(metadata: Metadata, num_devices: int) -> list[str]:
     """What the devices in the lists of `gpustats` are called; the original's are GPUs."""
-    monitor = metadata.get("monitor")
-    known = monitor.get("devices") if isinstance(monitor, Mapping) else None
-    devices = known if isinstance(known, list) and len(known) == num_devices else []
     names = [f"GPU {place}" for place in range(num_devices)]
-    for place, device in enumerate(devices):
-        if device.get("kind") != "gpu":
+    devices = _monitor(metadata).get("devices")
+    for place, device in enumerate(devices if isinstance(devices, list) else ()):
+        if place < num_devices and isinstance(device, dict) and device.get("kind") != "gpu":
             names[place] = str(device.get("name"))
     return names
 
 
+def _monitor(metadata: Metadata) -> Mapping[str, Any]:
+    found = metadata.get("monitor")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _detail(result: Result) -> Detail:
     metrics, text = result["metrics"], result["output_text"]
-    utilization = [
-        (stats["timestamp"], stats["gpu_utilizations"])
-        for stats in result["gpustats"]
-        if "timestamp" in stats and stats.get("gpu_utilizations")
-    ]
     return Detail(
         prompt=result["input_text"][:MAX_TEXT],
         text=text[:MAX_TEXT],
@@ -193,12 +192,31 @@ def _detail(result: Result) -> Detail:
         finish_reason=result.get("finish_reason"),
         divergence=metrics.get("first_divergence"),
         margin=metrics.get("divergence_margin"),
-        token_lengths=result.get("token_lengths"),
+        token_lengths=_token_lengths(result),
         written=verifications(metrics),
-        curve=_thinned(curve(metrics)),
+        curve=_thinned([(round(at_s, 3), count) for at_s, count in curve(metrics)]),
         is_estimated=is_estimated(metrics),
-        utilization=_thinned(utilization),
+        utilization=_thinned(_utilization(result["gpustats"])),
     )
+
+
+def _token_lengths(result: Result) -> list[int] | None:
+    """None unless they divide the text."""
+    lengths = result.get("token_lengths")
+    if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths):
+        return None
+    return lengths if sum(lengths) == len(result["output_text"]) else None
+
+
+def _utilization(gpustats: Sequence[Any]) -> list[tuple[float, list[float | None]]]:
+    """Of the readings that have one."""
+    found = []
+    for stats in gpustats:
+        if isinstance(stats, Mapping):
+            at_s, values = stats.get("timestamp"), stats.get("gpu_utilizations")
+            if isinstance(at_s, int | float) and isinstance(values, list) and values:
+                found.append((round(at_s, 2), values))
+    return found
 
 
 def _thinned(points: list[T]) -> list[T]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
-import json
 from typing import Any
+
+from pipespec.results.metadata import plain
+from pipespec.results.reading import to_json
 
 
 class Html(str):
@@ -34,8 +36,8 @@ def join(*children: object) -> Html:
 
 def embedded(data: Any, identifier: str | None = None) -> Html:
     """Data for the page's script. No text in it can end the element: `<` is written as an escape,
-    and so is all that is not ASCII."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    and so is all that is not ASCII. A number that is not finite becomes null."""
+    text = to_json(plain(data)).replace("<", "\\u003c")
     return tag("script", Html(text), type="application/json", id=identifier)
 
 

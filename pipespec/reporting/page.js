@@ -39,7 +39,9 @@
   /** Fills a figure with the chart {title, x, y, most, marks, series: [{label, color, dash, points}]};
    *  `most` is the end of the y axis, `marks` puts a dot on every point. */
   function drawChart(figure, chart) {
-    const points = chart.series.flatMap((line) => line.points).filter((point) => point[1] !== null);
+    const isKnown = (point) => point.every(Number.isFinite);
+    const points = chart.series.flatMap((line) => line.points).filter(isKnown);
+    if (!points.length) return figure.replaceChildren();
     const left = Math.min(...points.map((point) => point[0]));
     const right = Math.max(...points.map((point) => point[0]));
     const most = chart.most || Math.max(...points.map((point) => point[1])) * 1.05;
@@ -58,7 +60,7 @@
     const key = element("div", { class: "key" });
     for (const line of chart.series) {
       const look = { stroke: line.color, "stroke-dasharray": line.dash };
-      const known = line.points.filter((point) => point[1] !== null);
+      const known = line.points.filter(isKnown);
       const places = known.map(([x, y]) => `${atX(x).toFixed(2)} ${(100 - atY(y)).toFixed(2)}`);
       svg.append(element("path", { ...look, d: `M${places.join("L")}` }));
       if (chart.marks) {

@@ -197,9 +197,9 @@ def _entry(
         "margin": detail.margin,
         "lengths": detail.token_lengths,
         "written": _written(detail, has_branches),
-        "curve": [(round(at_s, 3), count) for at_s, count in detail.curve],
+        "curve": detail.curve,
         "isEstimated": detail.is_estimated,
-        "utilization": [(round(at_s, 2), values) for at_s, values in detail.utilization],
+        "utilization": detail.utilization,
     }
 
 
