@@ -304,18 +304,18 @@ def test_verifications_tell_correction_bonus_and_end_apart() -> None:
     found = verifications(metrics)
     assert found is not None
     assert found.accepted == [2, 0, 1], "the overtaken step is left out, the last was cut"
-    assert found.own == "ca-"
+    assert found.own == "cu-"
     assert (found.offered, found.num_before) == ([4, 0, 3], 1)
     assert found.ends_s == pytest.approx([0.6, 0.8, 1.0])
     metrics["offered_tokens"] = [[2, 2, 0, 3]]
     bonus = verifications(metrics)
-    assert bonus is not None and bonus.own == "ba-"
+    assert bonus is not None and bonus.own == "bu-"
 
 
 def test_with_branches_a_refusal_may_not_be_a_correction(folder: Path) -> None:
-    assert without_corrections("cab-") == "eab-"
+    assert without_corrections("cub-") == "eub-"
     write_run(folder, "async-chain", [own_sample(0, "async-chain")], tree=4)
-    assert read_page(folder).data["runs"][0]["samples"][0]["written"]["own"] == "ea-"
+    assert read_page(folder).data["runs"][0]["samples"][0]["written"]["own"] == "eu-"
 
 
 def test_what_the_original_did_not_record_is_not_guessed() -> None:

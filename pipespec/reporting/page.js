@@ -3,13 +3,13 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
-  const OWN = { b: "bonus", c: "correction", e: "either", a: "alone" };
+  const OWN = { b: "bonus", c: "correction", e: "either", u: "undrafted" };
   const SAYS = {
     accepted: "drafted and accepted",
     correction: "correction by the target",
     bonus: "bonus token of the target",
     either: "the target's own: bonus or correction, the file does not say which",
-    alone: "the target's own, nothing was offered",
+    undrafted: "the target's own, nothing was offered",
   };
   const DEVICE_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"];
   const DEVICE_DASHES = ["", "6 3", "2 3", "8 3 2 3"];
@@ -123,7 +123,7 @@
       return;
     }
     let token = written.before;
-    if (token) box.append(element("span", { class: "tok alone", title: "written by the prefill" }, slice(0, token)));
+    if (token) box.append(element("span", { class: "tok undrafted", title: "written by the prefill" }, slice(0, token)));
     written.accepted.forEach((accepted, step) => {
       if (token >= sample.numTokens) return;
       const span = element("span", { class: "step", "data-step": step, title: stepFacts(written, step) });

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-BONUS: Final = "b"  # all candidates were accepted, and the target added one
-CORRECTION: Final = "c"  # one was refused, and the target wrote another
-EITHER: Final = "e"  # one of these: the file does not tell them apart
-ALONE: Final = "a"  # nothing was offered: the target's own
+from pipespec.metrics import Origin, verification_origins
+
+# Of the target's own token after the accepted ones, by where it comes from.
+CODES: Final = {Origin.BONUS: "b", Origin.CORRECTION: "c", Origin.UNDRAFTED: "u"}
+EITHER: Final = "e"  # bonus or correction: the file does not tell them apart
 NONE: Final = "-"  # the text ended with an accepted candidate
 
 Curve = list[tuple[float, int]]  # (seconds since submission, tokens by then)
@@ -24,8 +25,8 @@ Curve = list[tuple[float, int]]  # (seconds since submission, tokens by then)
 class Verifications:
     """Lists have one item a verification that counted, in order.
 
-    accepted: candidates that became output. own: what the target's own token after them was, one
-    character each. offered: None where that is not recorded. durations_s: of the forwards. ends_s:
+    accepted: candidates that became output. own: of the target's own token after them, one of
+    `CODES`, `EITHER` or `NONE` each. offered: None where that is not recorded. durations_s: of the forwards. ends_s:
     since submission; None where that is not recorded. num_before: tokens of the prefill.
     """
 
@@ -69,7 +70,7 @@ def verifications(metrics: Mapping[str, Any]) -> Verifications | None:
 
 def without_corrections(own: str) -> str:
     """`Verifications.own` of a run in which more was offered than one path."""
-    return own.replace(CORRECTION, EITHER)
+    return own.replace(CODES[Origin.CORRECTION], EITHER)
 
 
 def curve(metrics: Mapping[str, Any]) -> Curve:
@@ -100,9 +101,7 @@ def is_estimated(metrics: Mapping[str, Any]) -> bool:
 def _own(num_accepted: int, num_offered: int | None) -> str:
     if num_offered is None:
         return EITHER
-    if not num_offered:
-        return ALONE
-    return BONUS if num_accepted == num_offered else CORRECTION
+    return CODES[verification_origins(num_offered, num_accepted, num_accepted + 1)[-1]]
 
 
 def _last(values: Sequence[Any] | None) -> Any:
