@@ -122,7 +122,7 @@ def test_without_greedy_there_is_no_speed_up_and_a_note_says_why(
     assert "have none in common" in capsys.readouterr().out
 
 
-def test_energy_by_a_counter_is_told_from_an_estimate(
+def test_recorded_energy_is_told_from_an_estimate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     powers = [100.0, 50.0]
@@ -132,7 +132,7 @@ def test_energy_by_a_counter_is_told_from_an_estimate(
     write_run(tmp_path / "sampled.json", metadata("greedy", MODELS[1:2]), sampled)
     rows = rows_of(tmp_path, capsys=capsys)
     assert [(row["energy_per_token_j"], row["energy_source"]) for row in rows] == [
-        (10.0, "power samples"), (8.0, "counter"),
+        (10.0, "power samples"), (8.0, "recorded"),
     ]  # fmt: skip
     assert main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -220,20 +220,24 @@ def test_text_fits_its_terminal_and_keeps_what_matters(width: int) -> None:
         Column("b", "ms/token", digits=2),
         *(Column(f"c{rank}", f"column-{rank}", digits=3, rank=rank) for rank in range(1, 8)),
     )
-    row = {"a": ("a-model-with-a-long-name", "another-long-name"), "b": 12.345}
+    row = {"a": ("a-model-of-1B-with-a-name", "another-[8B]"), "b": 12.345}
     row |= {f"c{rank}": (0.5, 0.25) for rank in range(1, 8)}
     written = io.StringIO()
     console = Console(file=written, width=width)
-    table = Table("title", columns, (row,))
+    short = {"a-model-of-1B-with-a-name": "1B", "another-[8B]": "another-[8B]"}
+    table = Table("title", columns, (row,), short_names=short)
     print_tables([table], console)
     text = written.getvalue()
     assert max(map(len, text.splitlines())) <= width
-    assert "a-model-with-a-long-name" in text
+    assert "a-model-of-1B-with-a-name" in text
+    assert "another-[8B]" in text
     assert "12.35" in text
-    _, left_out = fit(table, console)
+    layout = fit(table, console)
+    assert layout.is_short == ("1B: a-model-of-1B-with-a-name\n" in text) == (width < 160)
+    left_out = [column for column in columns if column not in layout.columns]
     ranks = [column.rank for column in left_out]
-    assert ranks == list(range(7, 7 - len(ranks), -1))  # the least important first
-    assert bool(ranks) == (width < 120)
+    assert ranks == list(range(8 - len(ranks), 8))  # the least important
+    assert bool(ranks) == (width < 100)
     for column in left_out:
         assert column.header in text.split("no room for")[1]
 
@@ -244,7 +248,7 @@ def test_text_fits_its_terminal_and_keeps_what_matters(width: int) -> None:
 def test_one_file_in_detail(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "chain_2.json"
     assert main([str(path), "--mode", "single", "--format", "json"]) == 0
-    about, samples, gpus = json.loads(capsys.readouterr().out)
+    about, samples, devices = json.loads(capsys.readouterr().out)
     assert {"key": "lookahead", "value": "2"} in about["rows"]
     assert [row["ms_per_token"] for row in samples["rows"]] == [200.0] * 3
     assert [row["energy_j"] for row in samples["rows"]] == [300.0] * 3
@@ -253,10 +257,10 @@ def test_one_file_in_detail(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         "ms/token: 200.00 in all, 200.00 to 200.00 by sample",
         "energy, estimated as mean sampled power times time: ~900.0 J, ~30.00 J/token",
     ]
-    assert gpus["rows"] == [
-        {"gpu": 0, "models": ["small"], "mean_utilization_percent": 50.0, "mean_power_w": 100.0,
+    assert devices["rows"] == [
+        {"device": 0, "models": ["small"], "mean_utilization_percent": 50.0, "mean_power_w": 100.0,
          "energy_from_power_j": 600.0},
-        {"gpu": 1, "models": ["large"], "mean_utilization_percent": 50.0, "mean_power_w": 50.0,
+        {"device": 1, "models": ["large"], "mean_utilization_percent": 50.0, "mean_power_w": 50.0,
          "energy_from_power_j": 300.0},
     ]  # fmt: skip
 

@@ -5,7 +5,8 @@ Works on PipeSpec's metadata and the original's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -28,6 +29,9 @@ TOKEN_COLORS: Final[Mapping[str, str]] = {
 
 Metadata = Mapping[str, Any]
 
+_SIZE: Final = re.compile(r"(?<![\w.])(?:\d+x)?\d+(?:\.\d+)?[MB](?![\w.])", re.IGNORECASE)
+_CUDA: Final = re.compile(r"cuda(?::(\d+))?")
+
 
 def model_names(metadata: Metadata) -> tuple[str, ...]:
     """Short names of the models that ran, first draft first. A greedy file of the original lists
@@ -36,6 +40,18 @@ def model_names(metadata: Metadata) -> tuple[str, ...]:
     paths = [str(model.get("path", "?")).rstrip("/") for model in models] or ["?"]
     names = tuple(path.rsplit("/", 1)[-1] for path in paths)
     return names[-1:] if metadata["strategy"] == "greedy" else names
+
+
+def short_names(all_metadata: Iterable[Metadata]) -> dict[str, str]:
+    """What the models of several runs are called where there is little room: by the number of
+    their parameters ("8B") if their names say it and it is no other model's, else in full."""
+    names = {name for metadata in all_metadata for name in model_names(metadata)}
+    sizes = {name: found[0].upper() for name in names if (found := _SIZE.findall(name))}
+    known = list(sizes.values())
+    return {
+        name: sizes[name] if name in sizes and known.count(sizes[name]) == 1 else name
+        for name in names
+    }
 
 
 def dataset_name(metadata: Metadata) -> str:
@@ -71,6 +87,31 @@ def comparison_key(metadata: Metadata) -> tuple[str, str, str]:
     return dataset_name(metadata), model_names(metadata)[-1], text_settings(metadata)
 
 
+def stage_devices(metadata: Metadata) -> tuple[tuple[int, ...], ...]:
+    """Of each model that ran (`model_names`), its indexes in the lists of `gpustats`: as the
+    monitor says, and in files that know of none, the GPUs that its config names. Empty where that
+    is not known."""
+    monitor = metadata.get("monitor")
+    if isinstance(monitor, Mapping) and isinstance(monitor.get("stages"), list):
+        found = tuple(_indexes(devices) for devices in monitor["stages"])
+        if len(found) == len(model_names(metadata)):
+            return found
+    models = metadata["model_configs"]
+    ran = models[-1:] if metadata["strategy"] == "greedy" else models
+    return tuple(_gpus(model.get("devices")) for model in ran)
+
+
+def _indexes(devices: object) -> tuple[int, ...]:
+    found = devices if isinstance(devices, list) else []
+    return tuple(index for index in found if isinstance(index, int) and index >= 0)
+
+
+def _gpus(devices: object) -> tuple[int, ...]:
+    names = devices if isinstance(devices, list) else [devices]
+    found = (_CUDA.fullmatch(str(name)) for name in names)
+    return tuple(int(match[1] or 0) for match in found if match)
+
+
 def lookahead(metadata: Metadata) -> int:
     """As set, or as the policy's choice came out on average."""
     value = metadata.get("lookahead")
@@ -92,9 +133,16 @@ def run_order(metadata: Metadata) -> tuple[str, int, int, tuple[str, ...], int]:
     return dataset_name(metadata), place, len(names), names, lookahead(metadata)
 
 
-def run_label(metadata: Metadata, *, name_dataset: bool = False) -> str:
-    """One line: strategy, models and, where there is one, lookahead."""
-    parts = [str(metadata["strategy"]), " > ".join(model_names(metadata))]
+def models_label(metadata: Metadata, names: Mapping[str, str] | None = None) -> str:
+    """The models that ran, in one line. names: of `short_names`."""
+    return " > ".join((names or {}).get(name, name) for name in model_names(metadata))
+
+
+def run_label(
+    metadata: Metadata, *, name_dataset: bool = False, names: Mapping[str, str] | None = None
+) -> str:
+    """One line: strategy, models and, where there is one, lookahead. names: of `short_names`."""
+    parts = [str(metadata["strategy"]), models_label(metadata, names)]
     if metadata["strategy"] != "greedy":
         text = lookahead_text(metadata)
         parts.append(text if text == "auto" else f"lookahead {text}")

@@ -19,6 +19,9 @@ from pipespec.results.reading import check_metadata, result_problem
 
 T = TypeVar("T")
 
+# What code raises that is given a value of another kind than it expects.
+MISFITS: Final = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+
 _CHUNK: Final = 1 << 20  # characters
 _NEAR_END: Final = 16  # an error so near the end of what was read may be no more than that end
 
@@ -43,8 +46,8 @@ def read_runs(
 
     Args:
         paths: result files of PipeSpec or of the original, or folders, which are searched.
-        keep: what of an item of `results` is kept. A KeyError, TypeError, ValueError or IndexError
-            says that it lacks what is needed; its file is passed over then.
+        keep: what of an item of `results` is kept. One of `MISFITS` says that it lacks what is
+            needed; its file is passed over then.
         on_skip: is told in one line which file is passed over, and why.
         on_file: is told of each file before it is read.
 
@@ -81,14 +84,20 @@ def read_run(path: Path, keep: Callable[[Mapping[str, Any]], T]) -> RunExtract[T
         has_tokens = has_tokens or result["metrics"]["tokens_generated"] > 0
         try:
             kept.append((result["sample_index"], keep(result)))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{path}: results[{position}] {what}") from error
+        except MISFITS as error:
+            raise DataError(f"{path}: results[{position}] {misfit(error)}") from error
     if not kept:
         raise DataError(f"{path} has no samples")
     if not has_tokens:
         raise DataError(f"{path} has no tokens: each of its samples is empty")
     return RunExtract(path, metadata, tuple(item for _, item in sorted(kept, key=lambda x: x[0])))
+
+
+def misfit(error: Exception) -> str:
+    """What one of `MISFITS` says of a file, to follow its name."""
+    if isinstance(error, KeyError):
+        return f"lacks {error}"
+    return str(error) if type(error) is ValueError else f"is of another kind ({error})"
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:

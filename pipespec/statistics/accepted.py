@@ -81,7 +81,8 @@ def accepted_tables(
             rows = tuple(_row(item, by_path[item.run.path]) for item in with_drafts)
             columns = run_columns(group, _COLUMNS)
             notes = (*left_out_notes(group, shown), _NOTE)
-            tables.append(Table(group.title, columns, rows, group.about, notes))
+            names = group.short_names
+            tables.append(Table(group.title, columns, rows, group.about, notes, names))
     if not tables:
         raise NothingLeftError("no file is of a run with drafts; greedy accepts nothing")
     return tables

@@ -7,10 +7,10 @@ from typing import Final
 
 from pipespec.metrics import definitions, energy_estimate_j
 from pipespec.results.labels import lookahead_text, model_names
-from pipespec.statistics.groups import Compared, Group, best_lookaheads, gpus_of
+from pipespec.statistics.groups import Compared, Group, best_lookaheads, devices_of
 from pipespec.statistics.tables import NOTHING, Column, Row, Table, Value
 
-COUNTER: Final = "counter"
+RECORDED: Final = "recorded"
 POWER_SAMPLES: Final = "power samples"
 ESTIMATED: Final = "~"
 
@@ -59,10 +59,11 @@ def comparison_tables(groups: Iterable[Group], *, show_all: bool) -> list[Table]
 
 
 def energy_per_token(item: Compared) -> tuple[float | None, str | None]:
-    """Joules, and where they come from: the devices' counters, else the power that was sampled."""
+    """Joules, and where they come from: what the run's own monitor says (it reads the devices'
+    counters where they have one), else an estimate from the power that it sampled."""
     if item.summary.energy_per_token_j is not None:
-        return item.summary.energy_per_token_j, COUNTER
-    energy_j = energy_estimate_j(item.run.samples, gpus_of(item.run.metadata))
+        return item.summary.energy_per_token_j, RECORDED
+    energy_j = energy_estimate_j(item.run.samples, devices_of(item.run.metadata))
     if energy_j is None:
         return None, None
     return definitions.energy_per_token(energy_j, item.summary.num_tokens), POWER_SAMPLES
@@ -100,7 +101,8 @@ def _table(group: Group, show_all: bool) -> Table:
     rows = tuple(_row(item) for item in shown)
     notes = [*left_out_notes(group, shown), *_baseline_notes(group, shown)]
     notes += [*_acceptance_notes(rows), *_energy_notes(rows)]
-    return Table(group.title, run_columns(group, _COLUMNS), rows, group.about, tuple(notes))
+    columns, names = run_columns(group, _COLUMNS), group.short_names
+    return Table(group.title, columns, rows, group.about, tuple(notes), names)
 
 
 def _row(item: Compared) -> Row:
@@ -166,9 +168,10 @@ def _energy_notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     if any(row["energy_source"] == POWER_SAMPLES for row in rows):
         notes.append(
-            f"J/token: {ESTIMATED} is an estimate, mean sampled power of the run's GPUs times time"
+            f"J/token: {ESTIMATED} is an estimate, mean sampled power of the run's devices times "
+            "time"
         )
     missing = sum(row["energy_source"] is None for row in rows)
     if missing:
-        notes.append(f"J/token: {missing} of {len(rows)} runs have neither counters nor power")
+        notes.append(f"J/token: {missing} of {len(rows)} runs recorded neither energy nor power")
     return notes

@@ -19,6 +19,8 @@ from pipespec.results.labels import (
     lookahead_text,
     model_names,
     run_order,
+    short_names,
+    stage_devices,
 )
 
 Run = RunExtract[SampleTotals]
@@ -57,6 +59,11 @@ class Group:
             "target": self.target,
             "text_settings": self.text_settings,
         }
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """Of its models."""
+        return short_names(item.run.metadata for item in self.runs)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -99,19 +106,11 @@ def best_lookaheads(runs: Sequence[Compared]) -> tuple[Compared, ...]:
     return tuple(item for item in runs if item.run.path in chosen)
 
 
-def gpus_of(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Indexes of the GPUs that held the models of a run; none where that is not known. Greedy ran
-    the last model alone."""
-    models = metadata["model_configs"]
-    found: set[int] = set()
-    for model in models[-1:] if metadata["strategy"] == "greedy" else models:
-        devices = model.get("devices")
-        for device in devices if isinstance(devices, list) else [devices]:
-            kind, _, index = str(device).partition(":")
-            if kind != "cuda" or not (index or "0").isdigit():
-                return ()
-            found.add(int(index or 0))
-    return tuple(sorted(found))
+def devices_of(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Indexes of the devices that held the models of a run, in the lists of `gpustats`; none where
+    one of them is not known."""
+    stages = stage_devices(metadata)
+    return tuple(sorted({index for stage in stages for index in stage})) if all(stages) else ()
 
 
 def _group(key: tuple[str, str, str], runs: Sequence[Run]) -> Group:

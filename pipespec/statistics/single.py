@@ -1,4 +1,4 @@
-"""One file: what was run, each of its samples, and each of its GPUs."""
+"""One file: what was run, each of its samples, and each of its devices."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pipespec.metrics import SampleTotals, Summary, definitions, energy_estimate_j, summarise
-from pipespec.results.labels import model_names, run_label
-from pipespec.statistics.comparison import COUNTER, ESTIMATED, POWER_SAMPLES
-from pipespec.statistics.groups import Run, gpus_of
+from pipespec.results.labels import model_names, run_label, stage_devices
+from pipespec.statistics.comparison import ESTIMATED, POWER_SAMPLES, RECORDED
+from pipespec.statistics.groups import Run, devices_of
 from pipespec.statistics.tables import Column, Row, Table
 
 _METADATA: Final = (Column("key", "key", is_text=True), Column("value", "value", is_text=True))
@@ -25,8 +25,8 @@ _SAMPLES: Final = (
     Column("energy_j", "J", digits=1),
     Column("energy_source"),
 )
-_GPUS: Final = (
-    Column("gpu", "GPU"),
+_DEVICES: Final = (
+    Column("device", "device"),
     Column("models", "models", is_text=True),
     Column("mean_utilization_percent", "utilization", digits=1, unit=" %"),
     Column("mean_power_w", "power", digits=1, unit=" W"),
@@ -35,17 +35,17 @@ _GPUS: Final = (
 
 
 def single_tables(run: Run) -> list[Table]:
-    """Metadata, samples and, where they were watched, GPUs."""
-    gpus = gpus_of(run.metadata)
+    """Metadata, samples and, where they were watched, devices."""
+    devices = devices_of(run.metadata)
     label = run_label(run.metadata, name_dataset=True)
-    samples = tuple(_sample_row(sample, gpus) for sample in run.samples)
+    samples = tuple(_sample_row(sample, devices) for sample in run.samples)
     tables = [
         Table(f"{run.path}: {label}", _METADATA, _metadata_rows(run.metadata)),
-        Table("samples", _SAMPLES, samples, notes=tuple(_sums(run, samples, gpus))),
+        Table("samples", _SAMPLES, samples, notes=tuple(_sums(run, samples, devices))),
     ]
-    if any(sample.gpu_powers_w or sample.gpu_utilizations for sample in run.samples) and gpus:
-        rows = tuple(_gpu_row(run, gpu) for gpu in gpus)
-        tables.append(Table("GPUs of its models, means over time", _GPUS, rows))
+    if any(sample.gpu_powers_w or sample.gpu_utilizations for sample in run.samples) and devices:
+        rows = tuple(_device_row(run, device) for device in devices)
+        tables.append(Table("devices of its models, means over time", _DEVICES, rows))
     return tables
 
 
@@ -56,11 +56,11 @@ def _metadata_rows(metadata: Mapping[str, Any]) -> tuple[Row, ...]:
     )
 
 
-def _sample_row(sample: SampleTotals, gpus: Sequence[int]) -> Row:
+def _sample_row(sample: SampleTotals, devices: Sequence[int]) -> Row:
     summary = summarise([sample])
-    energy_j, source = sample.energy_j, COUNTER
+    energy_j, source = sample.energy_j, RECORDED
     if energy_j is None:
-        energy_j, source = energy_estimate_j([sample], gpus), POWER_SAMPLES
+        energy_j, source = energy_estimate_j([sample], devices), POWER_SAMPLES
     return {
         "sample_index": sample.sample_index,
         "num_tokens": sample.num_tokens,
@@ -75,7 +75,7 @@ def _sample_row(sample: SampleTotals, gpus: Sequence[int]) -> Row:
     }
 
 
-def _sums(run: Run, rows: Sequence[Row], gpus: Sequence[int]) -> list[str]:
+def _sums(run: Run, rows: Sequence[Row], devices: Sequence[int]) -> list[str]:
     """What the original's `print_single` printed."""
     summary = summarise(run.samples)
     samples = "1 sample" if summary.num_samples == 1 else f"{summary.num_samples} samples"
@@ -86,17 +86,17 @@ def _sums(run: Run, rows: Sequence[Row], gpus: Sequence[int]) -> list[str]:
             f"ms/token: {summary.ms_per_token:.2f} in all, {min(times):.2f} to {max(times):.2f} "
             "by sample"
         )
-    return notes + _energy_notes(run, summary, gpus)
+    return notes + _energy_notes(run, summary, devices)
 
 
-def _energy_notes(run: Run, summary: Summary, gpus: Sequence[int]) -> list[str]:
+def _energy_notes(run: Run, summary: Summary, devices: Sequence[int]) -> list[str]:
     """In all, and by whatever it is known."""
     notes = []
-    counted_j = summary.energy_per_token_j
-    if counted_j is not None:
-        total_j = counted_j * summary.num_tokens
-        notes.append(f"energy by the devices' counters: {total_j:,.1f} J, {counted_j:.2f} J/token")
-    estimate_j = energy_estimate_j(run.samples, gpus)
+    recorded_j = summary.energy_per_token_j
+    if recorded_j is not None:
+        total_j = recorded_j * summary.num_tokens
+        notes.append(f"energy, as recorded: {total_j:,.1f} J, {recorded_j:.2f} J/token")
+    estimate_j = energy_estimate_j(run.samples, devices)
     if estimate_j is not None:
         per_token_j = definitions.energy_per_token(estimate_j, summary.num_tokens)
         notes.append(
@@ -104,29 +104,23 @@ def _energy_notes(run: Run, summary: Summary, gpus: Sequence[int]) -> list[str]:
             f"{ESTIMATED}{per_token_j:.2f} J/token"
         )
     if not notes:
-        notes.append("energy: neither counters nor power samples of the GPUs of this run")
+        notes.append("energy: neither it nor the power of the run's devices was recorded")
     return notes
 
 
-def _gpu_row(run: Run, gpu: int) -> Row:
+def _device_row(run: Run, device: int) -> Row:
     """Over all samples; a long sample weighs more than a short one."""
-    names = model_names(run.metadata)
-    configs = run.metadata["model_configs"][-len(names) :]
-    held = tuple(
-        name
-        for name, config in zip(names, configs)
-        if gpu in gpus_of({"strategy": "", "model_configs": [config]})
-    )
+    stages = zip(model_names(run.metadata), stage_devices(run.metadata))
     return {
-        "gpu": gpu,
-        "models": held,
+        "device": device,
+        "models": tuple(name for name, devices in stages if device in devices),
         "mean_utilization_percent": _mean_over_time(
-            [(_at(sample.gpu_utilizations, gpu), sample.total_time_s) for sample in run.samples]
+            [(_at(sample.gpu_utilizations, device), sample.total_time_s) for sample in run.samples]
         ),
         "mean_power_w": _mean_over_time(
-            [(_at(sample.gpu_powers_w, gpu), sample.total_time_s) for sample in run.samples]
+            [(_at(sample.gpu_powers_w, device), sample.total_time_s) for sample in run.samples]
         ),
-        "energy_from_power_j": energy_estimate_j(run.samples, [gpu]),
+        "energy_from_power_j": energy_estimate_j(run.samples, [device]),
     }
 
 

@@ -56,13 +56,15 @@ class Column:
 @dataclass(frozen=True, slots=True)
 class Table:
     """about: what all rows have in common, by name; the first columns of files for programs.
-    notes: sentences for people, one a line."""
+    notes: sentences for people, one a line. short_names: for long ones in text columns, where there
+    is little room."""
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     about: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    short_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shown(self) -> tuple[Column, ...]:

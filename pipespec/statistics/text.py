@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from pipespec.statistics.tables import NAMES_BETWEEN, Column, Table
+from pipespec.statistics.tables import NAMES_BETWEEN, Column, Row, Table
 
 _ROOMY_WIDTH: Final = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a table is drawn. is_short: with short names. is_stacked: a list with one item below the
+    other, so that the rates of a pair of models stand beside the draft's name."""
+
+    columns: tuple[Column, ...]
+    is_short: bool = False
+    is_stacked: bool = False
 
 
 def print_tables(tables: Sequence[Table], console: Console) -> None:
@@ -20,66 +32,75 @@ def print_tables(tables: Sequence[Table], console: Console) -> None:
     for number, table in enumerate(tables):
         if number:
             console.print()
-        rich_table, left_out = fit(table, console)
+        layout = fit(table, console)
         console.print(table.title, markup=False, soft_wrap=True)
         console.print()
-        console.print(rich_table)
-        notes = list(table.notes)
-        if left_out:
-            names = ", ".join(column.header for column in left_out)
-            notes.append(f"no room for: {names} (--format csv has them)")
+        console.print(_draw(table, layout, console.width))
+        notes = [*table.notes, *_layout_notes(table, layout)]
         if notes:
             console.print()
         for note in notes:
             console.print(note, markup=False)
 
 
-def fit(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
-    """A table that is no wider than the console, and the columns it does without.
-
-    Lists stand on one line if there is room; else one item below the other, so that the rates of a
-    pair of models stand beside the draft's name; then the least important columns go.
-    """
-    columns = list(table.shown)
-    left_out: list[Column] = []
-    drawn = _draw(table, columns, console.width, is_stacked=False)
-    while _width(drawn, console) > console.width:
-        drawn = _draw(table, columns, console.width, is_stacked=True)
-        if _width(drawn, console) <= console.width:
-            break
-        least = max(columns, key=lambda column: column.rank)
-        if not least.rank:  # what is left is folded
-            break
-        columns.remove(least)
-        left_out.append(least)
-    return drawn, left_out
+def fit(table: Table, console: Console) -> Layout:
+    """The roomiest layout that the console is wide enough for: short names are the first thing
+    that saves room, then the least important columns go. Where nothing helps, cells are folded."""
+    columns = table.shown
+    layouts = [Layout(columns), Layout(columns, is_stacked=True)]
+    by_rank = sorted(columns, key=lambda column: -column.rank)
+    for number in range(sum(column.rank > 0 for column in columns) + 1):
+        left = tuple(column for column in columns if column not in by_rank[:number])
+        layouts += [Layout(left, True), Layout(left, True, is_stacked=True)]
+    return next(
+        (layout for layout in layouts if _width(table, layout, console) <= console.width),
+        layouts[-1],
+    )
 
 
-def _draw(table: Table, columns: Sequence[Column], width: int, *, is_stacked: bool) -> RichTable:
+def _draw(table: Table, layout: Layout, width: int) -> RichTable:
     drawn = RichTable(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1 if width >= _ROOMY_WIDTH else 0, 0, 0),
     )
-    for column in columns:
+    for column in layout.columns:
         drawn.add_column(
             column.header.replace(" ", "\n"),
             justify="left" if column.is_text else "right",
             overflow="fold",
         )
     for row in table.rows:
-        drawn.add_row(
-            *(
-                ("\n" if is_stacked else NAMES_BETWEEN if column.is_text else " ").join(
-                    column.cells(row)
-                )
-                for column in columns
-            )
-        )
+        drawn.add_row(*(_cell(table, layout, column, row) for column in layout.columns))
     return drawn
 
 
-def _width(drawn: RichTable, console: Console) -> int:
+def _cell(table: Table, layout: Layout, column: Column, row: Row) -> Text:
+    items = column.cells(row)
+    if layout.is_short and column.is_text:
+        items = tuple(table.short_names.get(item, item) for item in items)
+    between = "\n" if layout.is_stacked else NAMES_BETWEEN if column.is_text else " "
+    return Text(between.join(items))
+
+
+def _width(table: Table, layout: Layout, console: Console) -> int:
     """What it would take to write no cell on more lines than it has."""
+    drawn = _draw(table, layout, console.width)
     return Measurement.get(console, console.options.update(max_width=10_000), drawn).maximum
+
+
+def _layout_notes(table: Table, layout: Layout) -> list[str]:
+    """What the layout does not say."""
+    notes = []
+    if layout.is_short:
+        texts = [column for column in layout.columns if column.is_text]
+        shown = {item for row in table.rows for column in texts for item in column.cells(row)}
+        short = sorted(
+            (short, name) for name, short in table.short_names.items() if name in shown - {short}
+        )
+        notes += [", ".join(f"{short}: {name}" for short, name in short)] if short else []
+    left_out = [column.header for column in table.shown if column not in layout.columns]
+    if left_out:
+        notes.append(f"no room for: {', '.join(left_out)} (--format csv has them)")
+    return notes
