@@ -19,7 +19,7 @@ from reports import own_sample, write_both, write_run
 from pipespec import report
 from pipespec.metrics import speed_up, summarise
 from pipespec.reporting import page as page_module
-from pipespec.reporting.data import Keeper, Run, RunGroup, device_names, devices_of, group_samples
+from pipespec.reporting.data import Keeper, Run, RunGroup, device_names, group_samples
 from pipespec.reporting.markup import Html, embedded, join, tag
 from pipespec.reporting.plots import BINS, lookahead_curves, progress_curves, shares
 from pipespec.reporting.verifications import curve, verifications, without_corrections
@@ -221,16 +221,15 @@ def test_utilization_is_of_the_runs_own_devices(folder: Path) -> None:
     assert read_page(folder).rows()["greedy"]["utilization"] == "60 %"
 
 
-def test_devices_are_those_that_the_monitor_names() -> None:
-    devices = [{"kind": "gpu", "name": "H200"}, {"kind": "process", "name": "Small"}]
+def test_devices_are_called_by_what_is_on_them() -> None:
+    devices = [{"kind": "gpu", "name": "H200"}, {"kind": "process"}, {"kind": "cpu-package"}]
+    models = [{"path": "org/Small", "devices": "cpu"}, {"path": "org/Large", "devices": "cuda:1"}]
     metadata = {
-        "strategy": "chain", "model_configs": [{"path": "a", "devices": "cuda:3"}],
+        "strategy": "chain", "model_configs": models,
         "monitor": {"stages": [[1], [0]], "devices": devices},
     }  # fmt: skip
-    assert devices_of(metadata) == (0, 1)
-    assert device_names(metadata, 2) == ["GPU 0", "Small"]
-    assert devices_of({**metadata, "monitor": None}) == (3,)
-    assert device_names({**metadata, "monitor": None}, 1) == ["GPU 0"]
+    assert device_names(metadata, 3) == ["GPU 0: Large", "process: Small", "cpu-package: all"]
+    assert device_names({**metadata, "monitor": None}, 2) == ["GPU 0: no model", "GPU 1: Large"]
 
 
 @pytest.mark.parametrize(

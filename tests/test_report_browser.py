@@ -87,8 +87,8 @@ def test_a_sample_is_chosen_by_address_and_shows_who_wrote_what(tmp_path: Path) 
     assert found.texts["prompt"] == "prompt 2"
     assert found.texts["text"] == text
     assert found.classes == [
-        ("undrafted", "\U0001f600"), ("accepted", "a "), ("correction", "</script>"), ("undrafted", "&"),
-        ("accepted", "<b>"),
+        ("undrafted", "\U0001f600"), ("accepted", "a "), ("correction", "</script>"),
+        ("undrafted", "&"), ("accepted", "<b>"),
     ]  # fmt: skip
     assert "1 of 3: 2 of 4 accepted, then correction" in found.texts["step-facts"]
     assert "Approximate" not in found.texts["text-note"]

@@ -22,8 +22,9 @@ from pipespec.reporting.verifications import (
     verifications,
 )
 from pipespec.results import RunExtract
+from pipespec.results.labels import model_names, stage_devices
 from pipespec.statistics.accepted import AcceptedSample, accepted_sample
-from pipespec.statistics.groups import Compared, Group, best_lookaheads, gpus_of, group_runs
+from pipespec.statistics.groups import Compared, Group, best_lookaheads, devices_of, group_runs
 
 T = TypeVar("T")
 Result = Mapping[str, Any]
@@ -158,29 +159,21 @@ def group_samples(runs: Sequence[RunExtract[Sample]]) -> list[RunGroup]:
     return groups
 
 
-def devices_of(metadata: Metadata) -> tuple[int, ...]:
-    """The run's places in the lists of `gpustats`: as the monitor says, else the numbers of the
-    GPUs that its config names."""
-    stages = _monitor(metadata).get("stages")
-    if isinstance(stages, list) and all(isinstance(devices, list) for devices in stages):
-        places = {place for devices in stages for place in devices if isinstance(place, int)}
-        return tuple(sorted(places))
-    return gpus_of(metadata)
-
-
 def device_names(metadata: Metadata, num_devices: int) -> list[str]:
-    """What the devices in the lists of `gpustats` are called; the original's are GPUs."""
-    names = [f"GPU {place}" for place in range(num_devices)]
-    devices = _monitor(metadata).get("devices")
-    for place, device in enumerate(devices if isinstance(devices, list) else ()):
-        if place < num_devices and isinstance(device, dict) and device.get("kind") != "gpu":
-            names[place] = str(device.get("name"))
+    """What the devices in the lists of `gpustats` are called: kind, and the models on it. The
+    original's are GPUs."""
+    monitor = metadata.get("monitor")
+    known = monitor.get("devices") if isinstance(monitor, Mapping) else None
+    kinds = known if isinstance(known, list) else []
+    stages = list(zip(model_names(metadata), stage_devices(metadata)))
+    names = []
+    for place in range(num_devices):
+        device = kinds[place] if place < len(kinds) else None
+        kind = str(device.get("kind")) if isinstance(device, Mapping) else "gpu"
+        models = [name for name, devices in stages if place in devices]
+        of = ", ".join(models) or ("no model" if kind == "gpu" else "all")
+        names.append(f"{f'GPU {place}' if kind == 'gpu' else kind}: {of}")
     return names
-
-
-def _monitor(metadata: Metadata) -> Mapping[str, Any]:
-    found = metadata.get("monitor")
-    return found if isinstance(found, Mapping) else {}
 
 
 def _detail(result: Result) -> Detail:

@@ -26,8 +26,9 @@ class Verifications:
     """Lists have one item a verification that counted, in order.
 
     accepted: candidates that became output. own: of the target's own token after them, one of
-    `CODES`, `EITHER` or `NONE` each. offered: None where that is not recorded. durations_s: of the forwards. ends_s:
-    since submission; None where that is not recorded. num_before: tokens of the prefill.
+    `CODES`, `EITHER` or `NONE` each. offered: None where that is not recorded. durations_s: of the
+    forwards. ends_s: since submission; None where that is not recorded. num_before: tokens of the
+    prefill.
     """
 
     accepted: list[int]

@@ -115,7 +115,7 @@ def _gpus(devices: object) -> tuple[int, ...]:
 def lookahead(metadata: Metadata) -> int:
     """As set, or as the policy's choice came out on average."""
     value = metadata.get("lookahead")
-    return value if isinstance(value, int) else 0
+    return value if type(value) is int else 0
 
 
 def lookahead_text(metadata: Metadata) -> str:
