@@ -30,7 +30,7 @@ MAX_DETAIL_BYTES: Final = 4_000_000  # of samples to choose from; a page of that
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """html: ASCII and UTF-8 alike; num_samples: that can be looked at."""
+    """num_samples: that can be looked at one by one."""
 
     html: str
     num_samples: int
