@@ -86,7 +86,8 @@ def overhead(total_time_s: float, target_forward_s: float) -> float | None:
 
 
 def energy_per_token(energy_j: float, num_tokens: int) -> float | None:
-    """Joules by the devices' energy counters during generation, divided by output tokens."""
+    """Joules that the devices in use took during generation, divided by output tokens; see
+    `devices` for what a device's joules are."""
     return ratio(energy_j, num_tokens)
 
 
@@ -96,8 +97,11 @@ def energy_from_power(
     """Joules, estimated as mean sampled power of `gpus` times the total time.
 
     For results without an energy counter; power is sampled too coarsely to integrate the short
-    peaks. None without samples of those GPUs.
+    peaks. None without samples of those GPUs, or where one of them does not know its power.
     """
-    powers_w = [sum(sample["gpu_powers"][gpu] for gpu in gpus) for sample in gpustats]
+    samples_w = [[sample["gpu_powers"][gpu] for gpu in gpus] for sample in gpustats]
+    if any(None in sample_w for sample_w in samples_w):
+        return None
+    powers_w = [sum(sample_w) for sample_w in samples_w]
     mean_w = ratio(sum(powers_w), len(powers_w))
     return None if mean_w is None or not gpus else mean_w * total_time_s

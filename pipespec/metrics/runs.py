@@ -7,6 +7,7 @@ than a short one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ Result = Mapping[str, Any]  # one item of a result file's `results`
 class Summary:
     """One run. Tuples have one item a pair of stages (empty for greedy); the last is the target's.
 
-    time_to_first_token_s is the mean over samples. The definitions are in `metrics.definitions`.
+    time_to_first_token_s is the mean over samples, mean_utilization (percent, one item a stage) the
+    mean over time; empty if it was not recorded. The definitions are in `metrics.definitions`.
     """
 
     num_samples: int
@@ -38,6 +40,7 @@ class Summary:
     block_efficiency: tuple[float | None, ...]
     token_wastage: tuple[float | None, ...]
     outcome_hit_rate: tuple[float | None, ...]
+    mean_utilization: tuple[float | None, ...]
 
     @property
     def ms_per_token(self) -> float | None:
@@ -87,6 +90,7 @@ def summarise(results: Sequence[Result]) -> Summary:
         block_efficiency=tuple(pair.block_efficiency for pair in pairs),
         token_wastage=tuple(pair.token_wastage for pair in pairs),
         outcome_hit_rate=tuple(pair.outcome_hit_rate for pair in pairs),
+        mean_utilization=_mean_utilization(metrics),
     )
 
 
@@ -141,6 +145,18 @@ def _total(metrics: Sequence[Result], value: Callable[[Result], float | None]) -
             return None
         total += term
     return total if metrics else None
+
+
+def _mean_utilization(metrics: Sequence[Result]) -> tuple[float | None, ...]:
+    """Over the samples that know it: a stage that was left out in some did not idle in them."""
+    columns = itertools.zip_longest(*(sample.get("mean_utilization", ()) for sample in metrics))
+    times_s = [sample["total_time"] for sample in metrics]
+    means: list[float | None] = []
+    for column in columns:
+        known = [(time_s, value) for time_s, value in zip(times_s, column) if value is not None]
+        weighted = sum(time_s * value for time_s, value in known)
+        means.append(definitions.ratio(weighted, sum(time_s for time_s, _ in known)))
+    return tuple(means)
 
 
 def _apply(definition: Callable[..., float | None], *totals: float | None) -> float | None:
