@@ -104,7 +104,7 @@ class GPUMonitor:
         self.clear()
 
     def stop(self) -> None:
-        """Ends the sampling, with a last reading; `get_results` still has everything. Idempotent."""
+        """Ends the sampling, with a last reading; `get_results` keeps everything. Idempotent."""
         try:
             self._fetch()
         finally:

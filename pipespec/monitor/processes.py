@@ -49,7 +49,7 @@ class ProcessSource:
         """Other processes of the same stages, from now on."""
         assert not self._watched or len(watched) == len(self._watched)
         self._watched = tuple(watched)
-        self._before: list[tuple[float, float] | None] = [None] * len(watched)
+        self._before: dict[int, tuple[float, float]] = {}  # by pid: when, and its CPU time
         self.facts = [
             {
                 "kind": "process",
@@ -63,20 +63,31 @@ class ProcessSource:
 
     def read(self, now_s: float) -> list[Values]:
         busy = self._cores.read(now_s)
-        return [self._read(place, each, busy) for place, each in enumerate(self._watched)]
+        pids = {each.pid for each in self._watched if each.pid is not None}
+        used = {pid: self._cores_used(pid) for pid in pids}
+        return [self._values(each, used, busy) for each in self._watched]
 
     def close(self) -> None:
         pass
 
-    def _read(self, place: int, each: Watched, busy: Mapping[int, float]) -> Values:
+    def _cores_used(self, pid: int) -> float | None:
+        """How many cores the process kept busy since the last reading."""
+        try:
+            now = time.perf_counter(), time.clock_gettime(_cpu_clock(pid))
+        except OSError:  # it has ended
+            return None
+        before, self._before[pid] = self._before.get(pid, now), now
+        return (now[1] - before[1]) / (now[0] - before[0]) if now[0] > before[0] else None
+
+    def _values(
+        self, each: Watched, used: Mapping[int, float | None], busy: Mapping[int, float]
+    ) -> Values:
         if each.pid is None:
             return {}
-        now = _cpu_time(each.pid)
-        before, self._before[place] = self._before[place], now
         values: dict[str, float | None] = {}
-        if now is not None and before is not None and now[0] > before[0]:
-            share = (now[1] - before[1]) / (now[0] - before[0]) / each.num_cores
-            values["gpu_utilizations"] = 100 * min(share, 1.0)
+        num_used = used[each.pid]
+        if num_used is not None:
+            values["gpu_utilizations"] = 100 * min(num_used / each.num_cores, 1.0)
         rss_mib = self._resident_mib(each.pid)
         if rss_mib is not None:
             values["memory_used_mib"] = rss_mib
@@ -130,14 +141,6 @@ class _Cores:
                 numbers = [int(tick) for tick in ticks[:8]]
                 times[self._wanted[name]] = sum(numbers), numbers[3] + numbers[4]
         return times
-
-
-def _cpu_time(pid: int) -> tuple[float, float] | None:
-    """Now, and the CPU time of a process, in seconds; None if there is no such process."""
-    try:
-        return time.perf_counter(), time.clock_gettime(_cpu_clock(pid))
-    except OSError:
-        return None
 
 
 def _cpu_clock(pid: int) -> int:
