@@ -86,9 +86,12 @@ class GPUMonitor:
         """Begins to sample, with a reading. Does nothing while it samples already."""
         if self._process is not None:
             return
-        with hold_interrupts():
-            self._spawn()
-        self._started_s = time.monotonic()
+        self._errors, self._started_s = [], time.monotonic()
+        try:
+            with hold_interrupts():  # a process that exists is in `_process`
+                self._spawn()
+        except OSError as error:
+            self._lose(error)
         answer = self._ask(
             {
                 "interval_s": self.interval_s,
@@ -165,7 +168,7 @@ class GPUMonitor:
     # -- the process ------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        self._rest, self._errors = b"", []
+        self._rest = b""
         self._process = subprocess.Popen(
             [*self._command, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -194,9 +197,7 @@ class GPUMonitor:
             self._write(json.dumps(command).encode() + b"\n", timeout_s)
             answer: dict[str, Any] = json.loads(self._read_line(timeout_s))
         except (OSError, ValueError, _Lost) as error:
-            log.warning("the monitor is lost (%s); the run goes on without it", error)
-            self._errors.append(f"the monitor was lost: {error}")
-            self._end()
+            self._lose(error)
             return None
         except BaseException:  # Ctrl-C: the answer is still to come, and would be taken for another
             self._end()
@@ -205,6 +206,12 @@ class GPUMonitor:
         self._cost["cpu_s"] = round(answer["cpu_s"], 3)
         self._cost["wall_s"] = round(time.monotonic() - self._started_s, 3)
         return answer
+
+    def _lose(self, error: Exception) -> None:
+        """There is no process, or none that answers."""
+        log.warning("the monitor is lost (%s); the run goes on without it", error)
+        self._errors.append(f"the monitor was lost: {error}")
+        self._end()
 
     def _write(self, line: bytes, timeout_s: float) -> None:
         assert self._process is not None and self._process.stdin is not None

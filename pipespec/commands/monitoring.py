@@ -15,7 +15,7 @@ from typing import Any, Self
 from pipespec.commands.settings import AnyDecoder
 from pipespec.decoding import AsyncChainSpeculativeDecoder, Hierarchy
 from pipespec.errors import UsageError
-from pipespec.gpu_monitor import GPUMonitor
+from pipespec.gpu_monitor import SAMPLER, GPUMonitor
 from pipespec.metrics import device_metrics
 from pipespec.monitor.processes import Watched
 
@@ -37,10 +37,17 @@ class RunMonitor:
     """The monitor of one strategy's run, a context manager. It starts with the first models; with
     an interval of 0 there is none, and nothing is recorded.
 
-    Its stages are all that the strategy has, of which some may be left out later.
+    Its stages are all that the strategy has, of which some may be left out later. command: see
+    `GPUMonitor`.
     """
 
-    def __init__(self, interval_s: float, hierarchy: Hierarchy, strategy: str) -> None:
+    def __init__(
+        self,
+        interval_s: float,
+        hierarchy: Hierarchy,
+        strategy: str,
+        command: Sequence[str] = SAMPLER,
+    ) -> None:
         self._hierarchy = hierarchy
         self._strategy = strategy
         stages = tuple(range(len(hierarchy.models)))
@@ -57,6 +64,7 @@ class RunMonitor:
                 interval_s,
                 gpus=machine.gpu_uuids[: self._num_gpus],
                 watched=self._watched({}),
+                command=command,
             )
 
     def follow(self, stages: Sequence[int], decoder: AnyDecoder) -> None:
