@@ -73,6 +73,7 @@ class GPUMonitor:
         self._watched = list(watched) or ([own] if gpus is None else [])
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
+        self._last_pid: int | None = None
         self._rest = b""
         self._readings: list[Reading] = []
         self._origin_s = self._started_s = 0.0
@@ -147,7 +148,8 @@ class GPUMonitor:
     @property
     def facts(self) -> dict[str, Any]:
         """For the metadata of a result file: source, interval, devices in the order of the lists,
-        what went wrong, and the CPU seconds that it took of how many."""
+        what went wrong, its process, and how many CPU seconds that took (start_cpu_s of them to
+        start) of how many seconds."""
         kinds = {"gpu": "nvml", "process": "process", "cpu-package": "rapl"}
         sources = dict.fromkeys(kinds[device["kind"]] for device in self._devices)
         return {
@@ -155,6 +157,7 @@ class GPUMonitor:
             "interval_s": self.interval_s,
             "devices": self._devices,
             "errors": self._errors,
+            "pid": self._last_pid,
             **self._cost,
         }
 
@@ -177,6 +180,7 @@ class GPUMonitor:
             env={**os.environ, **source_environment(os.environ)},
             bufsize=0,
         )
+        self._last_pid = self._process.pid
 
     def _begin(self, command: dict[str, Any]) -> None:
         self._readings = []

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from emulated import write_emulated, write_prompts
 from fake_nvml import FakeNvml
 
+from pipespec import benchmark
 from pipespec.commands.monitoring import RunMonitor
 from pipespec.config import ModelConfig
 from pipespec.decoding import Hierarchy
 from pipespec.placement import place, this_machine
+from pipespec.results import load_results
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_sampler.py")), "4")
 
@@ -70,7 +73,7 @@ def test_devices_are_those_of_the_stages_whatever_cuda_calls_them(
     assert facts["source"] == "nvml"
     percent = [10 * "abcd".index(u) for u in uuids]  # a pretended GPU says which one it is
     assert stats[-1]["gpu_utilizations"] == percent
-    assert metrics["mean_utilization"] == [percent[1], percent[0]]
+    assert metrics["mean_utilization"] == pytest.approx([percent[1], percent[0]])
     assert metrics["energy_j"] == sum(metrics["energy_per_stage_j"])
 
 
@@ -93,7 +96,7 @@ def test_a_set_of_gpus_is_one_stage_and_those_of_nobody_do_not_count(
     taken_j = stats[-1]["energies_j"]
     assert metrics["energy_per_stage_j"] == [taken_j[0], taken_j[2] + taken_j[3]]
     assert metrics["energy_j"] == taken_j[0] + taken_j[2] + taken_j[3]
-    assert metrics["mean_utilization"] == [0, 25]
+    assert metrics["mean_utilization"] == pytest.approx([0, 25])
 
 
 def test_greedy_has_the_target_s_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +104,7 @@ def test_greedy_has_the_target_s_devices_alone(monkeypatch: pytest.MonkeyPatch) 
     stats, metrics, facts = watched(found, "greedy")
     assert facts["stages"] == [(2,)]
     assert metrics["energy_j"] == stats[-1]["energies_j"][2]
-    assert metrics["mean_utilization"] == [20]
+    assert metrics["mean_utilization"] == pytest.approx([20])
 
 
 def test_a_stage_without_weights_is_its_process_wherever_it_is_placed(
@@ -175,9 +178,21 @@ def test_the_processes_that_may_run_on_several_cores_are_measured_by_them(
 
 
 def test_a_flag_that_is_no_interval_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipespec import benchmark
-
     for value in ("-1", "nan", "inf"):
         assert benchmark.main([f"--monitor-interval={value}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: --monitor-interval is ")
+
+
+def test_a_run_without_a_monitor_says_nothing_of_devices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--models-config-path", write_emulated(tmp_path), "--num-samples", "1"]
+    flags += ["--dataset", write_prompts(tmp_path, ["one"]), "--output-dir", str(tmp_path)]
+    flags += ["--max-new-tokens", "4", "--strategy", "greedy", "--monitor-interval", "0"]
+    assert benchmark.main(flags) == 0
+    run = load_results(tmp_path / "greedy_target.json")
+    assert run.metadata["monitor"] is None
+    assert run.results[0]["gpustats"] == []
+    assert "energy_j" not in run.results[0]["metrics"]
+    assert "utilization" not in capsys.readouterr().out
