@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -122,6 +123,31 @@ def test_it_never_imports_torch() -> None:
         maps = Path(f"/proc/{monitor.pid}/maps").read_text(encoding="utf-8")
     assert "python" in maps
     assert "torch" not in maps
+
+
+@pytest.mark.parametrize("kind", ["processes", "pretended GPUs"])
+def test_with_eight_devices_it_takes_about_a_hundredth_of_a_core_at_most(kind: str) -> None:
+    """Prints what it takes (`-s` shows it). Of real GPUs, the driver's time comes on top; readings
+    that cost more come less often, see `test_readings_that_cost_much_come_less_often`."""
+    on_processes = kind == "processes"
+    with contextlib.ExitStack() as stack:
+        programs = [
+            stack.enter_context(python("-c", "import time; time.sleep(60)"))
+            for _ in range(8 * on_processes)
+        ]
+        watched = [Watched(str(i), each.pid, (0,)) for i, each in enumerate(programs)]
+        fake = (sys.executable, str(FAKE), "8", "well")
+        monitor = stack.enter_context(
+            GPUMonitor(gpus=(), watched=watched) if on_processes else GPUMonitor(command=fake)
+        )
+        monitor.clear()
+        before = monitor.facts
+        time.sleep(2.0)
+        num_readings, after = len(monitor.get_results()), monitor.facts
+    cpu_s, wall_s = (after[key] - before[key] for key in ("cpu_s", "wall_s"))
+    print(f"{num_readings} readings of 8 {kind} in {wall_s:.1f} s: {cpu_s / wall_s:.2%} of a core")
+    assert num_readings >= 15
+    assert cpu_s / wall_s < 0.015  # 0.01 for readings, and a little to wake up and answer
 
 
 # -- how it ends ----------------------------------------------------------------------------------

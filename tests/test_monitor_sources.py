@@ -142,7 +142,8 @@ def test_a_process_that_ended_or_does_not_run_has_no_values() -> None:
         source = ProcessSource([Watched("a", process.pid), Watched("b", None)])
         assert source.read(0.0)[0]["memory_used_mib"]
         process.kill()
-    assert source.read(1.0) == [{}, {}]
+    assert source.read(0.1) == [{}, {}]
+    assert source.read(2.0) == [{}, {}]
 
 
 def test_another_process_takes_the_place_of_one_that_ended() -> None:

@@ -56,7 +56,7 @@ def energy_j(gpustats: Sequence[Reading], device: int) -> float | None:
     powers_w = _series(gpustats, "gpu_powers", device)
     if len(powers_w) < 2 or powers_w[0] is None or powers_w[-1] is None:
         return None
-    known = [
+    known: list[tuple[float, float]] = [
         (reading["timestamp"], power_w)
         for reading, power_w in zip(gpustats, powers_w)
         if power_w is not None

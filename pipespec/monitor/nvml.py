@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from pipespec.monitor.readings import Values
+from pipespec.monitor.readings import SLOW_S, Values
 
 _MIB: Final = 1 << 20
-_SLOW_S: Final = 1.0  # between two looks at what changes slowly; looking costs CPU time
 
 
 class NvmlSource:
@@ -30,7 +29,7 @@ class NvmlSource:
         else:
             handles = [self._try(nvml.nvmlDeviceGetHandleByUUID, uuid) for uuid in uuids]
         self._gpus = [_Gpu(self._try, nvml, handle) for handle in handles]
-        self.facts = [
+        self.facts: Sequence[Mapping[str, Any]] = [
             gpu.facts if uuids is None else {**gpu.facts, "uuid": uuids[index]}
             for index, gpu in enumerate(self._gpus)
         ]
@@ -76,7 +75,7 @@ class _Gpu:
         }
 
     def read(self, now_s: float) -> Values:
-        if now_s - self._slow_at_s >= _SLOW_S:
+        if now_s - self._slow_at_s >= SLOW_S:
             self._slow_at_s, self._slow_values = now_s, self._values(self._slow)
         return {**self._values(self._fast), **self._slow_values}
 

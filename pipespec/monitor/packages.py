@@ -6,8 +6,9 @@ They count for the whole machine: whatever else runs is in them. Usually only ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pipespec.monitor.readings import Values
 
@@ -21,7 +22,9 @@ class PackageSource:
     def __init__(self, powercap: Path = POWERCAP) -> None:
         found = (_Package.open(zone) for zone in sorted(powercap.glob("intel-rapl:*")))
         self._packages = [package for package in found if package is not None]
-        self.facts = [{"kind": "cpu-package", "name": package.name} for package in self._packages]
+        self.facts: Sequence[Mapping[str, Any]] = [
+            {"kind": "cpu-package", "name": package.name} for package in self._packages
+        ]
 
     def read(self, now_s: float) -> list[Values]:
         return [package.read(now_s) for package in self._packages]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipespec.monitor.readings import Values
+from pipespec.monitor.readings import SLOW_S, Values
 
 _MIB: Final = 1 << 20
 _LEAST_CORE_S: Final = 0.05  # a core's times come in ticks of 10 ms
@@ -42,7 +42,7 @@ class ProcessSource:
         self._total_mib = self._page_mib * os.sysconf("SC_PHYS_PAGES")
         self._cores = _Cores(proc / "stat", {core for each in watched for core in each.cores})
         self._watched: tuple[Watched, ...] = ()
-        self.facts: list[Mapping[str, Any]] = []
+        self.facts: Sequence[Mapping[str, Any]] = ()
         self.watch(watched)
 
     def watch(self, watched: Sequence[Watched]) -> None:
@@ -50,6 +50,8 @@ class ProcessSource:
         assert not self._watched or len(watched) == len(self._watched)
         self._watched = tuple(watched)
         self._before: dict[int, tuple[float, float]] = {}  # by pid: when, and its CPU time
+        self._resident_mib: dict[int, float | None] = {}
+        self._resident_at_s = float("-inf")
         self.facts = [
             {
                 "kind": "process",
@@ -62,33 +64,24 @@ class ProcessSource:
         ]
 
     def read(self, now_s: float) -> list[Values]:
-        busy = self._cores.read(now_s)
         pids = {each.pid for each in self._watched if each.pid is not None}
         used = {pid: self._cores_used(pid) for pid in pids}
-        return [self._values(each, used, busy) for each in self._watched]
+        if now_s - self._resident_at_s >= SLOW_S:
+            self._resident_at_s = now_s
+            self._resident_mib = {pid: self._read_resident_mib(pid) for pid in pids}
+        busy = self._cores.read(now_s)
+        return [self._values(each, used.get(each.pid or 0), busy) for each in self._watched]
 
     def close(self) -> None:
         pass
 
-    def _cores_used(self, pid: int) -> float | None:
-        """How many cores the process kept busy since the last reading."""
-        try:
-            now = time.perf_counter(), time.clock_gettime(_cpu_clock(pid))
-        except OSError:  # it has ended
-            return None
-        before, self._before[pid] = self._before.get(pid, now), now
-        return (now[1] - before[1]) / (now[0] - before[0]) if now[0] > before[0] else None
-
-    def _values(
-        self, each: Watched, used: Mapping[int, float | None], busy: Mapping[int, float]
-    ) -> Values:
-        if each.pid is None:
+    def _values(self, each: Watched, num_used: float | None, busy: Mapping[int, float]) -> Values:
+        """num_used: the cores that its process kept busy; None if there is none."""
+        if each.pid is None or num_used is None:
             return {}
         values: dict[str, float | None] = {}
-        num_used = used[each.pid]
-        if num_used is not None:
-            values["gpu_utilizations"] = 100 * min(num_used / each.num_cores, 1.0)
-        rss_mib = self._resident_mib(each.pid)
+        values["gpu_utilizations"] = 100 * min(num_used / each.num_cores, 1.0)
+        rss_mib = self._resident_mib.get(each.pid)
         if rss_mib is not None:
             values["memory_used_mib"] = rss_mib
             values["gpu_memories"] = 100 * rss_mib / self._total_mib
@@ -96,7 +89,17 @@ class ProcessSource:
             values["core_utilizations"] = sum(busy[core] for core in each.cores) / len(each.cores)
         return values
 
-    def _resident_mib(self, pid: int) -> float | None:
+    def _cores_used(self, pid: int) -> float | None:
+        """How many cores the process kept busy since the last reading, the first time 0; None if
+        it has ended."""
+        try:
+            now = time.perf_counter(), time.clock_gettime(_cpu_clock(pid))
+        except OSError:
+            return None
+        before, self._before[pid] = self._before.get(pid, now), now
+        return (now[1] - before[1]) / max(now[0] - before[0], 1e-9)
+
+    def _read_resident_mib(self, pid: int) -> float | None:
         try:
             pages = (self._proc / str(pid) / "statm").read_text(encoding="ascii").split()
         except OSError:  # it has ended

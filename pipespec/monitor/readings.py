@@ -28,6 +28,7 @@ DIGITS: Final[Mapping[str, int]] = {
     "core_utilizations": 1,  # %: of a process's cores, by whomever
 }
 TIME_DIGITS: Final = 4
+SLOW_S: Final = 1.0  # between two looks at what changes slowly: looking costs CPU time
 
 
 class Source(Protocol):

@@ -150,7 +150,9 @@ class _Absent:
     """GPUs of which nothing can be known."""
 
     def __init__(self, uuids: Sequence[str]) -> None:
-        self.facts = [{"kind": "gpu", "name": None, "uuid": uuid} for uuid in uuids]
+        self.facts: Sequence[Mapping[str, Any]] = [
+            {"kind": "gpu", "name": None, "uuid": uuid} for uuid in uuids
+        ]
 
     def read(self, _now_s: float) -> list[Values]:
         return [{} for _ in self.facts]
