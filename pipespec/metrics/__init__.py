@@ -2,11 +2,13 @@
 
 from pipespec.metrics.counts import StageCounts
 from pipespec.metrics.devices import device_metrics
+from pipespec.metrics.origins import Origin, token_origins, verification_origins
 from pipespec.metrics.runs import Comparison, Summary, energy_estimate_j, speed_up, summarise
 from pipespec.metrics.samples import sample_metrics
 
 __all__ = [
     "Comparison",
+    "Origin",
     "StageCounts",
     "Summary",
     "device_metrics",
@@ -14,4 +16,6 @@ __all__ = [
     "sample_metrics",
     "speed_up",
     "summarise",
+    "token_origins",
+    "verification_origins",
 ]

@@ -21,7 +21,7 @@ from operator import itemgetter
 from pipespec.state.tail import TailRows, TailToken
 
 Ranked = tuple[int, ...]  # token ids, best first
-LEAST_CHANCE = 0.01  # of a case; what is less likely is not prepared
+LEAST_CHANCE = 0.01  # of a case; what is less likely is not looked at
 LEAST_ALIVE = 0.002  # chance that a verdict accepts a token; what is less likely is not drafted
 
 
@@ -193,8 +193,11 @@ class Outcomes:
                 branch.num_sent = 0
 
     def unsent(self, sent: int, batch: int) -> list[Branch]:
-        """Branches that the next stage has not got, once they are worth a message. Each is sent
-        once: what it has grown by meanwhile is sent if its case occurs.
+        """Branches with tokens that the next stage has not got, once they are worth a message.
+
+        A slow drafter tells each token at once. A fast one, who has a batch in hand soon, tells of
+        each branch once: by what it grows later is sent if its case occurs, and to read it all
+        takes the next stage more time than to wait for it.
 
         sent: own tokens before it come first; the case that one is wrong comes after it.
         batch: so many tokens are worth a message.
@@ -202,7 +205,9 @@ class Outcomes:
         found = [
             branch
             for branch in self.branches.values()
-            if not branch.num_sent and branch.position < sent and len(branch.tokens) > 1
+            if branch.position < sent
+            and max(1, branch.num_sent) < len(branch.tokens)
+            and (batch == 1 or not branch.num_sent)
         ]
         if sum(len(branch.tokens) for branch in found) >= batch:
             return found
@@ -225,19 +230,17 @@ class Outcomes:
         found: list[tuple[float, int, int]] = []
         agreement = self.stats.agreement
         shares = [self.stats.share(rank) for rank in range(self.budget.num_ranked)]
-        chance, best_share = 1.0 - agreement, max(shares, default=0.0)
+        chance = 1.0 - agreement
         for position in range(acked, min(end, self._limit - 2) + 1):
-            if chance * best_share < LEAST_CHANCE:
+            if chance < LEAST_CHANCE:
                 break
             for token, share in zip(self._alternatives.get(position, ()), shares):
-                value = chance * share
-                if value < LEAST_CHANCE:
-                    continue
                 branch = self.branches.get((position, token))
                 if branch is None and token not in self._eos:
-                    found.append((value, position, token))
+                    found.append((chance * share, position, token))
                 elif branch is not None and self._goes_on(branch):
-                    found.append((value * agreement ** len(branch.rows), position, token))
+                    value = chance * share * agreement ** len(branch.rows)
+                    found.append((value, position, token))
             chance *= agreement
         return found
 
