@@ -114,6 +114,17 @@ def test_every_sample_has_the_same_lists_and_they_account_for_every_token(
     assert finished.run.metadata["effective_schedule"]["mean_candidates"] > 0
 
 
+def test_the_monitor_follows_the_processes_that_go_on(finished: Finished) -> None:
+    assert finished.run.metadata["monitor"]["stages"] == [[0], [1], [2]]
+    for result, has_middle in zip(finished.run.results, (True, False, False)):
+        for reading in result["gpustats"]:
+            assert len(reading["memory_used_mib"]) >= 3
+            resident = reading["memory_used_mib"][:3]
+            assert [value is not None for value in resident] == [True, has_middle, True]
+        utilization = result["metrics"]["mean_utilization"]
+        assert [value is not None for value in utilization] == [True, has_middle, True]
+
+
 def test_no_process_is_left(finished: Finished) -> None:
     pids = finished.run.metadata["pids"]
     assert len(set(pids)) == 5

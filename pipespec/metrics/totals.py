@@ -35,9 +35,10 @@ class PairTotals:
 
 @dataclass(frozen=True, slots=True)
 class SampleTotals:
-    """One sample. prompt, text: digests, for comparing samples. energy_j: by the devices' counters.
-    gpu_powers_w, gpu_utilizations: the mean over the monitor's samples, by the GPU's index; None
-    where a GPU was never read. pairs: the last is the target's; empty for greedy."""
+    """One sample. prompt, text: digests, for comparing samples. energy_j, mean_utilization (of each
+    stage, percent): of `devices.device_metrics`. gpu_powers_w, gpu_utilizations: the mean over the
+    monitor's samples, by the device's index; None where it was never read. pairs: the last is the
+    target's; empty for greedy."""
 
     sample_index: int
     prompt: bytes
@@ -48,6 +49,7 @@ class SampleTotals:
     num_target_forwards: int
     target_forward_s: float | None
     energy_j: float | None
+    mean_utilization: tuple[float | None, ...]
     gpu_powers_w: tuple[float | None, ...]
     gpu_utilizations: tuple[float | None, ...]
     pairs: tuple[PairTotals, ...]
@@ -70,6 +72,9 @@ def sample_totals(result: Result) -> SampleTotals:
         num_target_forwards=_num_target_forwards(metrics),
         target_forward_s=_last(metrics, "forward_times_s"),
         energy_j=_number(metrics, "energy_j"),
+        mean_utilization=tuple(
+            value if _is_number(value) else None for value in metrics.get("mean_utilization", ())
+        ),
         gpu_powers_w=_means(result.get("gpustats", ()), "gpu_powers"),
         gpu_utilizations=_means(result.get("gpustats", ()), "gpu_utilizations"),
         pairs=tuple(
