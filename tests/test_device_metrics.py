@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipespec.metrics import device_metrics, energy_estimate_j, summarise
+from pipespec.metrics import device_metrics, energy_estimate_j, sample_totals, summarise
 from pipespec.metrics.devices import energy_j, mean_utilization
 
 TIMES_S = (-0.1, 0.4, 0.9, 2.9)
@@ -90,6 +90,21 @@ def test_a_run_s_utilization_is_the_mean_over_the_time_in_which_it_is_known() ->
     assert summarise(run).mean_utilization == (80, 10)
     assert summarise([sample(1.0, None)]).mean_utilization == ()
     assert summarise([sample(1.0, [None])]).mean_utilization == (None,)
+
+
+def test_utilization_before_a_sample_is_none_of_it() -> None:
+    """By device as by stage: what the reading before the sample says was before."""
+    stats = [
+        {"timestamp": at_s, "gpu_utilizations": [value, None]}
+        for at_s, value in ((-0.1, 0), (0.9, 80), (1.1, 20))
+    ]
+    assert sample_totals(with_stats(stats)).gpu_utilizations == (pytest.approx(70), None)
+    later = [{**reading, "timestamp": reading["timestamp"] + 0.2} for reading in stats]
+    assert sample_totals(with_stats(later)).gpu_utilizations == (pytest.approx(100 / 3), None)
+
+
+def with_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**sample(1.0, None), "gpustats": stats}
 
 
 def test_power_that_is_not_known_gives_no_estimate() -> None:

@@ -14,6 +14,8 @@ from hashlib import blake2b
 from statistics import fmean
 from typing import Any
 
+from pipespec.metrics.devices import mean_utilization
+
 Result = Mapping[str, Any]  # one item of a result file's `results`
 
 
@@ -76,7 +78,7 @@ def sample_totals(result: Result) -> SampleTotals:
             value if _is_number(value) else None for value in metrics.get("mean_utilization", ())
         ),
         gpu_powers_w=_means(result.get("gpustats", ()), "gpu_powers"),
-        gpu_utilizations=_means(result.get("gpustats", ()), "gpu_utilizations"),
+        gpu_utilizations=_utilizations(result.get("gpustats", ())),
         pairs=tuple(
             _pair_totals(metrics, pair) for pair in range(len(metrics.get("accepted_tokens", ())))
         ),
@@ -135,6 +137,26 @@ def _pair_totals(metrics: Result, pair: int) -> PairTotals:
         num_corrections=count("num_corrections"),
         num_outcome_hits=count("num_outcome_hits"),
     )
+
+
+def _utilizations(gpustats: Sequence[Result]) -> tuple[float | None, ...]:
+    """Where the first reading was taken before the sample, as ours are, it says nothing of it:
+    `devices.mean_utilization`. The original's are all of the sample."""
+    means = _means(gpustats, "gpu_utilizations")
+    if len(gpustats) < 2 or not all(_is_reading(stats, len(means)) for stats in gpustats):
+        return means
+    if gpustats[0]["timestamp"] > 0:
+        return means
+    return tuple(mean_utilization(gpustats, device) for device in range(len(means)))
+
+
+def _is_reading(stats: object, num_devices: int) -> bool:
+    if not isinstance(stats, Mapping) or not _is_number(stats.get("timestamp")):
+        return False
+    values = stats.get("gpu_utilizations")
+    if not isinstance(values, list) or len(values) != num_devices:
+        return False
+    return all(value is None or _is_number(value) for value in values)
 
 
 def _means(gpustats: Sequence[Result], key: str) -> tuple[float | None, ...]:
