@@ -23,6 +23,7 @@ from pipespec.commands.arguments import (
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, run_command
 from pipespec.commands.inputs import Inputs, read_inputs
+from pipespec.commands.monitoring import check_interval
 from pipespec.commands.payoff import payoff_line
 from pipespec.commands.runs import (
     Result,
@@ -37,6 +38,7 @@ from pipespec.commands.tables import TableRow, summary_table
 from pipespec.commands.tracing import tracing
 from pipespec.config import STRATEGIES
 from pipespec.errors import DataError, UsageError
+from pipespec.gpu_monitor import DEFAULT_INTERVAL_S
 from pipespec.results import OutputPlan, load_results, metadata_differences
 
 
@@ -79,6 +81,13 @@ def make_parser() -> Parser:
         help="of async-chain: go on without the stages that do not pay on the first samples",
     )
     group.add_argument(
+        "--monitor-interval",
+        type=float,
+        metavar="SECONDS",
+        default=DEFAULT_INTERVAL_S,
+        help="between two readings of what the devices do; 0: no monitor",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="print memory and placement from config.json files alone, and stop",
@@ -90,6 +99,7 @@ def _benchmark(options: Namespace) -> int:
     configure_logging(options.verbose)
     if options.force and options.resume:
         raise UsageError("--force and --resume contradict each other; pass one of them")
+    check_interval(options.monitor_interval)
     settings = read_settings(options)
     if options.drop_stages and "async-chain" not in settings.strategies:
         raise UsageError(
@@ -127,7 +137,14 @@ def _benchmark(options: Namespace) -> int:
             if run.plan is OutputPlan.SKIP:
                 display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
             else:
-                run_strategy(run, settings, inputs, greedy, display)
+                run_strategy(
+                    run,
+                    settings,
+                    inputs,
+                    greedy,
+                    display,
+                    monitor_interval_s=options.monitor_interval,
+                )
             if run.strategy == "greedy":
                 greedy = load_results(run.path).results
     _show_results(runs, greedy, settings, inputs, display)

@@ -20,13 +20,14 @@ _SYSFS: Final = Path("/sys")
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What there is to place on. cores: the ids this process may run on, one of each physical core
-    before their siblings. gpu_ids: what CUDA_VISIBLE_DEVICES would call each GPU; gpu_memory_gib:
-    their sizes, in the same order."""
+    before their siblings. gpu_ids: what CUDA_VISIBLE_DEVICES would call each GPU; gpu_memory_gib
+    and gpu_uuids: their sizes and their full UUIDs, in the same order."""
 
     cores: tuple[int, ...]
     memory_gib: float
     gpu_ids: tuple[str, ...] = ()
     gpu_memory_gib: tuple[float, ...] = ()
+    gpu_uuids: tuple[str, ...] = ()
 
 
 def this_machine(environ: Mapping[str, str], sysfs: Path = _SYSFS) -> Machine:
@@ -39,8 +40,9 @@ def this_machine(environ: Mapping[str, str], sysfs: Path = _SYSFS) -> Machine:
     return Machine(
         cores=_cores(sysfs),
         memory_gib=_memory_gib(sysfs),
-        gpu_ids=tuple(name for name, _ in gpus),
-        gpu_memory_gib=tuple(gib for _, gib in gpus),
+        gpu_ids=tuple(name for name, _, _ in gpus),
+        gpu_memory_gib=tuple(gib for _, _, gib in gpus),
+        gpu_uuids=tuple(uuid for _, uuid, _ in gpus),
     )
 
 
@@ -91,8 +93,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _visible_gpus(visible: str | None) -> list[tuple[str, float]]:
-    """CUDA's name and memory in GiB of each GPU that a CUDA process started now would see."""
+def _visible_gpus(visible: str | None) -> list[tuple[str, str, float]]:
+    """CUDA's name, UUID and memory in GiB of each GPU that a CUDA process started now would see."""
     if visible is not None and not visible.strip():
         return []
     try:
@@ -150,12 +152,14 @@ def _mig_instances(nvml: Any, handle: Any) -> list[Any]:
     return instances
 
 
-def _select(visible: str | None, gpus: Sequence[tuple[str, str, float]]) -> list[tuple[str, float]]:
+def _select(
+    visible: str | None, gpus: Sequence[tuple[str, str, float]]
+) -> list[tuple[str, str, float]]:
     """What CUDA_VISIBLE_DEVICES leaves of them, in its order; CUDA stops at a name that it does
     not know, and so does this."""
     if visible is None:
-        return [(number or uuid, gib) for number, uuid, gib in gpus]
-    chosen: list[tuple[str, float]] = []
+        return [(number or uuid, uuid, gib) for number, uuid, gib in gpus]
+    chosen: list[tuple[str, str, float]] = []
     for name in (part.strip() for part in visible.split(",")):
         if name.isdigit():
             found = [gpus[int(name)]] if int(name) < len(gpus) else []
@@ -163,7 +167,7 @@ def _select(visible: str | None, gpus: Sequence[tuple[str, str, float]]) -> list
             found = [gpu for gpu in gpus if name and gpu[1].startswith(name)]
         if len(found) != 1:
             break
-        chosen.append((name, found[0][2]))
+        chosen.append((name, *found[0][1:]))
     return chosen
 
 

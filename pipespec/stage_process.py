@@ -147,12 +147,17 @@ def stage_environment(placement: StagePlacement, inherited: Mapping[str, str]) -
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
+    return {**variables, **source_environment(inherited)}
+
+
+def source_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What lets another interpreter find this code: nothing where it is installed."""
     source = str(Path(pipespec.__file__).resolve().parent.parent)
-    if source not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        # A checkout that is not installed: the worker shall run this code, whatever its folder.
-        paths = [source, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
-        variables["PYTHONPATH"] = os.pathsep.join(paths)
-    return variables
+    if source in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return {}
+    # A checkout that is not installed: the process shall run this code, whatever its folder.
+    paths = [source, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _one_line(text: str) -> str:

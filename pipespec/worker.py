@@ -17,13 +17,12 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pipespec.errors import PipeSpecError, StageError
 from pipespec.messages import (
@@ -38,6 +37,7 @@ from pipespec.messages import (
     Ready,
     Shutdown,
 )
+from pipespec.parent_watch import WATCH_INTERVAL_S, end_with_parent
 from pipespec.runners.base import ModelRunner
 from pipespec.runners.ranges import with_ranges
 from pipespec.runners.warm_up import warm_up
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from pipespec.tokenizer import TextTokenizer
 
 log = logging.getLogger("pipespec.worker")
-
-WATCH_INTERVAL_S: Final = 0.5
 
 
 class StageSession:
@@ -245,15 +243,7 @@ def watch_launcher(launcher_pid: int, run_dir: Path, interval_s: float = WATCH_I
 
     The launcher can no longer remove the run directory then, so this does.
     """
-    parent_pid = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent_pid and _is_alive(launcher_pid):
-            time.sleep(interval_s)
-        shutil.rmtree(run_dir, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+    end_with_parent(launcher_pid, interval_s, lambda: shutil.rmtree(run_dir, ignore_errors=True))
 
 
 def pin(cores: Sequence[int]) -> None:
@@ -273,16 +263,6 @@ def fault_of(error: Exception) -> Fault:
     name = next(own, type(error)).__name__
     trace = "".join(traceback.format_exception(error))
     return Fault(name, str(error)[:MAX_TEXT], trace[-MAX_TEXT:])
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _log_to_stderr(stage: int) -> None:

@@ -23,6 +23,8 @@ STRATEGIES = ("greedy", "chain", "async-chain")
 ORIGINAL_METADATA = ("strategy", "model_configs", "lookahead", "dataset", "num_samples")
 ORIGINAL_RESULT = ("sample_index", "strategy", "metrics", "output_text", "input_text", "gpustats")
 
+ORIGINAL_READING = ("timestamp", "gpu_utilizations", "gpu_memories", "gpu_powers")
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -95,11 +97,12 @@ def test_the_statistics_of_its_files_are_what_it_printed(
         rates = [f"{rate:.3f}" for rate in row["acceptance_rate"]]
         blocks = [f"{tokens:.2f}" for tokens in row["block_efficiency"]]
         speeds = [f"{row['tokens_per_s']:,.1f}", f"{row['ms_per_token']:.2f}"]
-        words = printed[row["strategy"]]
-        assert words[1:3] == speeds
-        assert words[5:-1] == [
-            f"{row['speed_up_same_prompts']:.2f}x", *(rates or ["-"]), *(blocks or ["-"]),
+        words = iter(printed[row["strategy"]])
+        expected = [
+            *speeds, f"{row['speed_up_same_prompts']:.2f}x", *(rates or ["-"]), *(blocks or ["-"]),
+            *(f"{percent:.0f}" for percent in dict.fromkeys(row["mean_utilization_percent"])),
         ]  # fmt: skip
+        assert all(word in words for word in expected), "in this order"
 
 
 def test_what_is_no_terminal_gets_plain_lines(finished: Finished) -> None:
@@ -157,6 +160,29 @@ def test_async_chain_has_a_process_for_every_model_and_none_is_left(finished: Fi
     assert len(set(pids)) == 3
     assert not set(in_one) & set(pids)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_sample_says_what_the_devices_did_meanwhile(
+    finished: Finished, strategy: str
+) -> None:
+    run = load_results(finished.file(strategy))
+    monitor = run.metadata["monitor"]
+    num_stages = 1 if strategy == "greedy" else 3
+    assert monitor["source"] in ("process", "process+rapl")  # emulated models are on no GPU
+    assert monitor["stages"] == [[stage] for stage in range(num_stages)]
+    assert monitor["errors"] == []
+    assert not psutil.pid_exists(monitor["pid"])
+    for result in run.results:
+        stats, metrics = result["gpustats"], result["metrics"]
+        times_s = [reading["timestamp"] for reading in stats]
+        assert times_s[0] <= 0 < metrics["total_time"] <= times_s[-1] < metrics["total_time"] + 1
+        for reading in stats:
+            assert tuple(reading)[:4] == ORIGINAL_READING
+            assert {len(reading[key]) for key in ORIGINAL_READING[1:]} == {len(monitor["devices"])}
+        assert len(metrics["mean_utilization"]) == len(metrics["energy_per_stage_j"]) == num_stages
+        assert all(0 <= percent <= 100 for percent in metrics["mean_utilization"])
+    assert "utilization" in finished.printed
 
 
 # -- running it again -----------------------------------------------------------------------------

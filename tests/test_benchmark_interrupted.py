@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from emulated import write_emulated, write_prompts
+from processes import is_gone, wait_until
 
 from pipespec import benchmark
 from pipespec.results import load_results, partial_path
@@ -58,15 +59,15 @@ def read_lines(partial: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_samples(partial: Path, count: int, process: subprocess.Popen[str]) -> list[int]:
-    """Waits until so many samples are on the disk; returns the ids of the processes at work."""
+    """Waits until so many samples are on the disk; returns the ids of the processes at work, the
+    monitor's last."""
     deadline = time.monotonic() + DEADLINE_S
     while len(stored_samples(partial)) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{count} samples took too long"
         time.sleep(0.005)
     facts = [line["metadata"] for line in read_lines(partial) if "metadata" in line]
-    pids: list[int] = facts[1]["pids"]
-    return pids
+    return [*facts[1]["pids"], facts[1]["monitor"]["pid"]]
 
 
 def stored_samples(partial: Path) -> list[dict[str, Any]]:
@@ -137,6 +138,46 @@ def test_a_killed_stage_ends_the_run_with_its_name(stage: int, name: str, tmp_pa
     assert all(line.startswith("  | ") for line in errors[1:])
     assert any(f"stage {stage} INFO" in line for line in errors[1:])
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "async-chain"])
+def test_nothing_outlives_a_benchmark_that_is_killed(strategy: str, tmp_path: Path) -> None:
+    flags, path = flags_of(tmp_path, strategy), tmp_path / NAMES[strategy]
+    with started(flags) as process:
+        pids = wait_for_samples(partial_path(path), 1, process)
+        process.kill()
+        process.wait(DEADLINE_S)
+        wait_until(lambda: all(map(is_gone, pids)), "processes are left")
+
+
+def test_a_killed_monitor_does_not_stop_the_run(tmp_path: Path) -> None:
+    flags, path = flags_of(tmp_path, "async-chain"), tmp_path / NAMES["async-chain"]
+    with started([*flags, "--num-samples", "15"]) as process:
+        pids = wait_for_samples(partial_path(path), 2, process)
+        os.kill(pids[-1], signal.SIGKILL)
+        (line,) = end_of(process)
+        assert process.returncode == 0
+    assert "the monitor is lost" in line
+    run = load_results(path)
+    assert "was lost" in run.metadata["monitor"]["errors"][0]
+    assert run.results[0]["gpustats"]
+    assert run.results[-1]["gpustats"] == []
+    assert run.results[-1]["metrics"]["mean_utilization"] == [None, None]
+
+
+def test_a_resumed_run_says_what_each_of_its_monitors_took(tmp_path: Path) -> None:
+    flags, path = flags_of(tmp_path, "greedy"), tmp_path / NAMES["greedy"]
+    flags += ["--num-samples", "3"]
+    assert benchmark.main(flags) == 0
+    whole = load_results(path)
+    lines = [{"metadata": whole.metadata}, {"result": whole.results[0]}]
+    partial_path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.unlink()
+    assert benchmark.main([*flags, "--resume"]) == 0
+    run = load_results(path)
+    (earlier,) = run.metadata["monitor"]["earlier"]
+    assert earlier["pid"] == whole.metadata["monitor"]["pid"] != run.metadata["monitor"]["pid"]
+    assert all(len(result["gpustats"]) >= 2 for result in run.results)
 
 
 def test_all_strategies_go_on_where_the_command_ended(

@@ -74,8 +74,42 @@ def test_what_is_unknown_is_a_dash() -> None:
     run = [result("chain", 1, 0.02)]
     run[0]["metrics"] |= {"num_offered": [0], "num_accepted": [0]}
     cells = TableRow("chain", run, (), frozenset()).cells()
-    assert cells[4:6] == ("-", "-")
-    assert cells[7] == "-"
+    for header in ("speed-up", "acceptance\nrate", "same text\nas greedy"):
+        assert cells[header] == "-"
+
+
+def with_devices(run: dict[str, Any], *utilizations: float) -> dict[str, Any]:
+    run["metrics"] |= {"energy_j": 123.4, "mean_utilization": list(utilizations)}
+    return run
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_energy_and_utilization_have_columns_where_they_are_known(
+    num_models: int, width: int
+) -> None:
+    greedy = [with_devices(result("greedy", 0, 4.56), 99.4)]
+    run = [with_devices(result("chain", num_models - 1, 2.34), *[100.0, 9.6, 55.0][:num_models])]
+    rows = [
+        TableRow("greedy", greedy, greedy, frozenset()),
+        TableRow("async-chain", run, greedy, frozenset()),
+    ]
+    made, written = console(is_terminal=False, width=width)
+    made.print(summary_table(rows, made.width))
+    lines = written.getvalue().splitlines()
+    assert "…" not in written.getvalue()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for word in ("tokens/s", "42.7", "1.95x", "0.495", "4.00", "1.23", "99", "100", "10", "yes"):
+        assert word in words, word
+    assert ("23.40" in words) == (num_models == 2 or width > 80)  # ms/token says it again
+
+
+def test_stages_that_share_their_device_have_one_utilization() -> None:
+    cells = TableRow(
+        "chain", [with_devices(result("chain", 1, 0.1), 98.7, 98.7)], (), frozenset()
+    ).cells()
+    assert cells["utilization\n(%)"] == "99"
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from pipespec.results.reading import RunFile
 PROMPTS = ("def mean(values):", "class Stack:", "import os\n")
 NUM_TOKENS = 64
 # Slower than the target that it drafts for; and a draft that is mostly wrong and slow, too.
-USELESS_MIDDLE = (("draft", 1, 0.9), ("middle", 40, 0.98), ("target", 10, None))
-USELESS_DRAFT = (("draft", 30, 0.1), ("target", 10, None))
+USELESS_MIDDLE = (("draft", 1, 0.9), ("middle", 24, 0.98), ("target", 6, None))
+USELESS_DRAFT = (("draft", 18, 0.1), ("target", 6, None))
 
 
 def write_models(folder: Path, models: tuple[tuple[str, float, float | None], ...]) -> str:
@@ -112,6 +112,17 @@ def test_every_sample_has_the_same_lists_and_they_account_for_every_token(
         assert [len(metrics[key]) for key in ("model_times", "accepted_tokens")] == [3, 2]
         assert 1 + sum(metrics["accepted_tokens"][-1]) == metrics["tokens_generated"]
     assert finished.run.metadata["effective_schedule"]["mean_candidates"] > 0
+
+
+def test_the_monitor_follows_the_processes_that_go_on(finished: Finished) -> None:
+    assert finished.run.metadata["monitor"]["stages"] == [[0], [1], [2]]
+    for result, has_middle in zip(finished.run.results, (True, False, False)):
+        for reading in result["gpustats"]:
+            assert len(reading["memory_used_mib"]) >= 3
+            resident = reading["memory_used_mib"][:3]
+            assert [value is not None for value in resident] == [True, has_middle, True]
+        utilization = result["metrics"]["mean_utilization"]
+        assert [value is not None for value in utilization] == [True, has_middle, True]
 
 
 def test_no_process_is_left(finished: Finished) -> None:

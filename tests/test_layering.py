@@ -23,7 +23,10 @@ LAYERS = (
     ("runners", "data", "demo"),
     ("forwards", "trace"),
     ("stage",),
-    ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
+    (
+        *("interrupts", "parent_watch", "worker_spec", "stage_process", "control", "launcher"),
+        *("worker", "monitor", "gpu_monitor"),
+    ),
     ("decoding",),
     ("planning",),
     (
@@ -82,7 +85,8 @@ LIGHT = (
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
     *("pipespec.demo.train", "pipespec.demo.evaluate"),
-    *("pipespec.planning.meter", "pipespec.print_benchmark_stats", "pipespec.report"),
+    *("pipespec.planning.meter", "pipespec.gpu_monitor", "pipespec.monitor.sampler"),
+    *("pipespec.print_benchmark_stats", "pipespec.report"),
     *("pipespec.trace", "pipespec.trace.__main__"),
 )
 

@@ -9,57 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_nvml import FakeNvml, FakeNvmlError
 
 from pipespec.machine import this_machine
-
-
-class FakeNvmlError(Exception):
-    pass
-
-
-class FakeNvml(SimpleNamespace):
-    """NVML with GPUs given as (name, GiB), MIG off."""
-
-    NVMLError = FakeNvmlError
-    NVML_DEVICE_MIG_ENABLE = 1
-
-    def __init__(self, *gpus: tuple[str, int], mig: tuple[int, ...] = ()) -> None:
-        super().__init__(gpus=gpus, mig=mig, num_open=0)
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        self.num_open += 1
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.num_open -= 1
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
-        return str(self.gpus[handle][0])
-
-    def nvmlDeviceGetUUID(self, handle: Any) -> str:  # noqa: N802
-        return f"MIG-{handle}" if isinstance(handle, str) else f"GPU-{'abcdefgh'[handle] * 4}"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> SimpleNamespace:  # noqa: N802
-        gib = 10 if isinstance(handle, str) else self.gpus[handle][1]
-        return SimpleNamespace(total=gib << 30)
-
-    def nvmlDeviceGetMigMode(self, handle: int) -> tuple[int, int]:  # noqa: N802
-        if handle not in self.mig:
-            raise FakeNvmlError("not supported")
-        return 1, 1
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:  # noqa: N802
-        return 3
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, index: int) -> str:  # noqa: N802
-        if index == 2:
-            raise FakeNvmlError("no such instance")
-        return f"{handle}-{index}"
 
 
 def gpus(
@@ -100,6 +52,23 @@ def test_cuda_visible_devices_decides_what_there_is(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[tuple[str, float]]
 ) -> None:
     assert gpus(monkeypatch, FakeNvml(("H100", 80), ("H100", 40)), visible) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, ("GPU-aaaa", "GPU-bbbb", "GPU-cccc")),
+        ("2,0", ("GPU-cccc", "GPU-aaaa")),
+        ("GPU-b,GPU-cccc", ("GPU-bbbb", "GPU-cccc")),
+        ("", ()),
+    ],
+)
+def test_every_gpu_has_its_full_uuid_whatever_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(("H100", 80), ("H100", 80), ("H100", 80)))
+    found = this_machine({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert found.gpu_uuids == expected
 
 
 def test_unlike_gpus_are_named_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from pipespec.decoding import (
 )
 from pipespec.messages import Submit
 from pipespec.metrics import StageCounts
-from pipespec.planning import measure
+from pipespec.planning import measure, running, search
 from pipespec.planning.system import Choice, emulated_system
 from pipespec.results import load_results
 
@@ -81,6 +81,14 @@ def tiny_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_prompts(folder, PROMPTS)
     config = str(folder / "models.json")
     return ["--models-config-path", config, "--dataset", data, "--max-new-tokens", "24"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few texts are measured and simulated: that a plan comes out is tested here, how good its
+    numbers are where they are made."""
+    monkeypatch.setattr(running, "_ENOUGH_S", 0.1)
+    monkeypatch.setattr(search, "LONG_TOKENS", 400)
 
 
 # Real models

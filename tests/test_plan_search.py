@@ -59,7 +59,7 @@ def pair_ranking() -> Ranking:
 @cache
 def trio_ranking() -> Ranking:
     good, hopeless = model("good", 1.0, agreement=0.9), model("hopeless", 1.0, agreement=0.0)
-    return search(system_of(good, hopeless, TARGET, num_tokens=24))
+    return search(system_of(good, hopeless, TARGET, num_tokens=16))
 
 
 def test_a_good_draft_is_used_and_a_hopeless_one_is_not() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,10 +15,11 @@ from pipespec.commands.display import Display, SampleProgress
 from pipespec.commands.entry import library_errors
 from pipespec.commands.equality import Divergence, first_divergence, with_margins
 from pipespec.commands.inputs import Inputs, Prompt
+from pipespec.commands.monitoring import RunMonitor, pids_of
 from pipespec.commands.payoff import is_enough, payoff_metadata
 from pipespec.commands.settings import AnyDecoder, Settings, open_decoder
 from pipespec.commands.tracing import noted
-from pipespec.decoding import AsyncChainSpeculativeDecoder, Generation
+from pipespec.decoding import Generation
 from pipespec.metrics import StageCounts, sample_metrics
 from pipespec.planning.payoff import WrittenText
 from pipespec.results import (
@@ -110,20 +110,27 @@ def run_strategy(
     inputs: Inputs,
     greedy: Sequence[Result],
     display: Display,
+    *,
+    monitor_interval_s: float = 0.0,
 ) -> None:
     """Loads the models, generates every sample that is not on the disk yet, and finishes the file.
+    monitor_interval_s: between two readings of the devices; 0: none.
 
     Raises:
         PipeSpecError: with a note on what was kept, like anything else that ends the run early.
     """
-    with _Models(run, settings, inputs, display) as models:
+    monitor = RunMonitor(monitor_interval_s, inputs.hierarchy, run.strategy)
+    with monitor, _Models(run, settings, inputs, display, monitor) as models:
         models.load(_stages_at_start(run, inputs))
         with _writer(run, len(inputs.prompts)) as writer:
-            writer.update_metadata(pids=models.pids)
+            earlier = writer.metadata.get("monitor")
+            writer.update_metadata(pids=models.pids, **monitor.metadata(earlier))
             if run.strategy == "async-chain" and writer.metadata.get("payoff") is None:
                 _judge_stages(models, writer, greedy)
             models.write_samples(writer)
             models.close()  # room for the target alone
+            monitor.close()
+            writer.update_metadata(**monitor.metadata(earlier))
             _record_differences(writer, inputs, settings, greedy, display)
             if run.strategy != "greedy":
                 writer.update_metadata(**effective_schedule(writer.metadata, writer.results))
@@ -168,13 +175,16 @@ class _Models:
     """The models of a run, all of its stages or some of them, and what they write. A context
     manager. pids: of all processes that have held a model."""
 
-    def __init__(self, run: Run, settings: Settings, inputs: Inputs, display: Display) -> None:
+    def __init__(
+        self, run: Run, settings: Settings, inputs: Inputs, display: Display, monitor: RunMonitor
+    ) -> None:
         self.run = run
         self.settings = settings
         self.inputs = inputs
         self.display = display
         self.stages: tuple[int, ...] = ()
         self.pids: list[int] = []
+        self._monitor = monitor
         self._decoder: AnyDecoder | None = None
 
     def load(self, stages: tuple[int, ...]) -> None:
@@ -189,7 +199,8 @@ class _Models:
         ):
             self._decoder = open_decoder(strategy, hierarchy, self.settings, on_progress)
             self._warm_up(self._decoder)
-        self.pids += _pids(self._decoder)
+        self.pids += pids_of(self._decoder)
+        self._monitor.follow(stages, self._decoder)
 
     def write_samples(
         self,
@@ -230,22 +241,26 @@ class _Models:
     ) -> tuple[dict[str, Any], WrittenText]:
         """One sample, as an item of `results` and as its counts."""
         assert self._decoder is not None
+        self._monitor.begin()
         started_s = perf_counter()
         with (
             library_errors(f"{self.run.strategy}, on sample {prompt.index},"),
             noted(self.settings.trace, f"sample {prompt.index}"),
         ):
             output = self._decoder.generate(prompt.ids, self.settings.generation, progress.on_text)
+        gpustats, device_metrics = self._monitor.end()
         progress.on_sample(len(output.token_ids), output.total_time_s)
         counts = tuple(StageCounts.from_values(values) for values in output.counts)
         tokenizer = self.inputs.hierarchy.tokenizer
         more: dict[str, Any] = {
-            "token_lengths": token_lengths(tokenizer, output.token_ids, output.text)
+            "gpustats": gpustats,
+            "token_lengths": token_lengths(tokenizer, output.token_ids, output.text),
         }
         if self.run.metadata["drop_stages"]:
             more["stages"] = self.stages
             counts = self._of_all_stages(counts)
         result = _sample_result(self.run.strategy, prompt, output, counts, started_s, more)
+        result["metrics"].update(device_metrics)
         return result, WrittenText(counts, output.total_time_s)
 
     def _of_all_stages(self, counts: Sequence[StageCounts]) -> tuple[StageCounts, ...]:
@@ -369,10 +384,3 @@ def _record_differences(
 def _now() -> str:
     """ISO 8601, with the offset from UTC."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _pids(decoder: AnyDecoder) -> list[int]:
-    """The processes that hold the models."""
-    if isinstance(decoder, AsyncChainSpeculativeDecoder):
-        return list(decoder.pipeline.pids)
-    return [os.getpid()]

@@ -1,6 +1,7 @@
 """Every number that PipeSpec reports, defined once: what a stage counts, per sample, per run."""
 
 from pipespec.metrics.counts import StageCounts
+from pipespec.metrics.devices import device_metrics
 from pipespec.metrics.origins import Origin, token_origins, verification_origins
 from pipespec.metrics.runs import Comparison, Summary, energy_estimate_j, speed_up, summarise
 from pipespec.metrics.samples import sample_metrics
@@ -13,6 +14,7 @@ __all__ = [
     "SampleTotals",
     "StageCounts",
     "Summary",
+    "device_metrics",
     "energy_estimate_j",
     "sample_metrics",
     "sample_totals",

@@ -85,7 +85,8 @@ def overhead(total_time_s: float, target_forward_s: float) -> float | None:
 
 
 def energy_per_token(energy_j: float, num_tokens: int) -> float | None:
-    """Joules by the devices' energy counters during generation, divided by output tokens."""
+    """Joules that the devices in use took during generation, divided by output tokens; see
+    `devices` for what a device's joules are."""
     return ratio(energy_j, num_tokens)
 
 

@@ -6,6 +6,7 @@ a sum over a sum, so a long sample weighs more than a short one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,7 +22,8 @@ Sample = Result | SampleTotals
 class Summary:
     """One run. Tuples have one item a pair of stages (empty for greedy); the last is the target's.
 
-    time_to_first_token_s is the mean over samples. The definitions are in `metrics.definitions`.
+    time_to_first_token_s is the mean over samples, mean_utilization (percent, one item a stage) the
+    mean over time; empty if it was not recorded. The definitions are in `metrics.definitions`.
     """
 
     num_samples: int
@@ -39,6 +41,7 @@ class Summary:
     block_efficiency: tuple[float | None, ...]
     token_wastage: tuple[float | None, ...]
     outcome_hit_rate: tuple[float | None, ...]
+    mean_utilization: tuple[float | None, ...]
 
     @property
     def ms_per_token(self) -> float | None:
@@ -88,6 +91,7 @@ def summarise(samples: Iterable[Sample]) -> Summary:
         block_efficiency=tuple(pair.block_efficiency for pair in pairs),
         token_wastage=tuple(pair.token_wastage for pair in pairs),
         outcome_hit_rate=tuple(pair.outcome_hit_rate for pair in pairs),
+        mean_utilization=_mean_utilization(totals),
     )
 
 
@@ -135,6 +139,18 @@ def _total(parts: Sequence[T], value: Callable[[T], float | None]) -> float | No
     terms = [value(part) for part in parts]
     known = [term for term in terms if term is not None]
     return float(sum(known)) if known and len(known) == len(terms) else None
+
+
+def _mean_utilization(samples: Sequence[SampleTotals]) -> tuple[float | None, ...]:
+    """Over the samples that know it: a stage that was left out in some did not idle in them."""
+    columns = itertools.zip_longest(*(sample.mean_utilization for sample in samples))
+    times_s = [sample.total_time_s for sample in samples]
+    means: list[float | None] = []
+    for column in columns:
+        known = [(time_s, value) for time_s, value in zip(times_s, column) if value is not None]
+        weighted = sum(time_s * value for time_s, value in known)
+        means.append(definitions.ratio(weighted, sum(time_s for time_s, _ in known)))
+    return tuple(means)
 
 
 def _apply(definition: Callable[..., float | None], *totals: float | None) -> float | None:

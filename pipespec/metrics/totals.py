@@ -14,6 +14,8 @@ from hashlib import blake2b
 from statistics import fmean
 from typing import Any
 
+from pipespec.metrics.devices import mean_utilization
+
 Result = Mapping[str, Any]  # one item of a result file's `results`
 
 
@@ -35,9 +37,10 @@ class PairTotals:
 
 @dataclass(frozen=True, slots=True)
 class SampleTotals:
-    """One sample. prompt, text: digests, for comparing samples. energy_j: by the devices' counters.
-    gpu_powers_w, gpu_utilizations: the mean over the monitor's samples, by the GPU's index; None
-    where a GPU was never read. pairs: the last is the target's; empty for greedy."""
+    """One sample. prompt, text: digests, for comparing samples. energy_j, mean_utilization (of each
+    stage, percent): of `devices.device_metrics`. gpu_powers_w, gpu_utilizations: the mean over the
+    monitor's samples, by the device's index; None where it was never read. pairs: the last is the
+    target's; empty for greedy."""
 
     sample_index: int
     prompt: bytes
@@ -48,6 +51,7 @@ class SampleTotals:
     num_target_forwards: int
     target_forward_s: float | None
     energy_j: float | None
+    mean_utilization: tuple[float | None, ...]
     gpu_powers_w: tuple[float | None, ...]
     gpu_utilizations: tuple[float | None, ...]
     pairs: tuple[PairTotals, ...]
@@ -70,8 +74,11 @@ def sample_totals(result: Result) -> SampleTotals:
         num_target_forwards=_num_target_forwards(metrics),
         target_forward_s=_last(metrics, "forward_times_s"),
         energy_j=_number(metrics, "energy_j"),
+        mean_utilization=tuple(
+            value if _is_number(value) else None for value in metrics.get("mean_utilization", ())
+        ),
         gpu_powers_w=_means(result.get("gpustats", ()), "gpu_powers"),
-        gpu_utilizations=_means(result.get("gpustats", ()), "gpu_utilizations"),
+        gpu_utilizations=_utilizations(result.get("gpustats", ())),
         pairs=tuple(
             _pair_totals(metrics, pair) for pair in range(len(metrics.get("accepted_tokens", ())))
         ),
@@ -130,6 +137,26 @@ def _pair_totals(metrics: Result, pair: int) -> PairTotals:
         num_corrections=count("num_corrections"),
         num_outcome_hits=count("num_outcome_hits"),
     )
+
+
+def _utilizations(gpustats: Sequence[Result]) -> tuple[float | None, ...]:
+    """Where the first reading was taken before the sample, as ours are, it says nothing of it:
+    `devices.mean_utilization`. The original's are all of the sample."""
+    means = _means(gpustats, "gpu_utilizations")
+    if len(gpustats) < 2 or not all(_is_reading(stats, len(means)) for stats in gpustats):
+        return means
+    if gpustats[0]["timestamp"] > 0:
+        return means
+    return tuple(mean_utilization(gpustats, device) for device in range(len(means)))
+
+
+def _is_reading(stats: object, num_devices: int) -> bool:
+    if not isinstance(stats, Mapping) or not _is_number(stats.get("timestamp")):
+        return False
+    values = stats.get("gpu_utilizations")
+    if not isinstance(values, list) or len(values) != num_devices:
+        return False
+    return all(value is None or _is_number(value) for value in values)
 
 
 def _means(gpustats: Sequence[Result], key: str) -> tuple[float | None, ...]:

@@ -58,9 +58,10 @@ def run_metadata(
 ) -> dict[str, Any]:
     """What is known before the run starts.
 
-    `pids`, `effective_schedule` and `payoff` are placeholders until `ResultWriter.update_metadata`
-    fills them, and so is `lookahead` (0) while the policy chooses it. Greedy has a target and no
-    schedule, whatever was asked for, so that its file does not depend on either.
+    `pids`, `effective_schedule`, `payoff` and `monitor` are placeholders until
+    `ResultWriter.update_metadata` fills them, and so is `lookahead` (0) while the policy chooses
+    it. Greedy has a target and no schedule, whatever was asked for, so that its file does not
+    depend on either.
 
     Args:
         runner: what `--runner` said; each model's own is in `model_configs`.
@@ -96,6 +97,7 @@ def run_metadata(
         "sampling": asdict(generation.sampling),
         "started_at": started_at,
         "pids": [],
+        "monitor": None,
         **environment,
     }
     return {key: plain(value) for key, value in metadata.items()}

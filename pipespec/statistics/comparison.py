@@ -49,6 +49,7 @@ _COLUMNS: Final = (
     Column("block_efficiency", "block efficiency", digits=2, rank=4),
     Column("energy_per_token_j", "J/token", rank=2, show=_energy),
     Column("energy_source"),
+    Column("mean_utilization_percent", "utilization", unit="%", rank=5),
     Column("file", is_text=True),
 )
 
@@ -123,6 +124,7 @@ def _row(item: Compared) -> Row:
         "block_efficiency": summary.block_efficiency,
         "energy_per_token_j": energy_j,
         "energy_source": source,
+        "mean_utilization_percent": summary.mean_utilization,
     }
 
 
