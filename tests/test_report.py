@@ -211,14 +211,13 @@ def test_texts_are_compared_with_greedy_of_the_same_sampling_only(folder: Path) 
 
 def test_utilization_is_of_the_runs_own_devices(folder: Path) -> None:
     stats = [
-        {"timestamp": 0.0, "gpu_utilizations": [10, 50, 90]},
+        {"timestamp": 0.0, "gpu_utilizations": [10, 50, 90]},  # of before the sample
         {"timestamp": 0.5, "gpu_utilizations": [30, 70, 90]},
     ]
     write_both(folder, gpustats=stats)
-    runs = by_strategy(folder)
-    assert runs["greedy"].utilization == pytest.approx(60)
-    assert runs["async-chain"].utilization == pytest.approx(40)
-    assert read_page(folder).rows()["greedy"]["utilization"] == "60 %"
+    rows = read_page(folder).rows()
+    assert rows["greedy"]["utilization"] == "70%"
+    assert rows["async-chain"]["utilization"] == "30% / 70%"
 
 
 def test_devices_are_called_by_what_is_on_them() -> None:
@@ -246,7 +245,6 @@ def test_without_its_devices_a_run_is_shown_without_their_numbers(
     folder: Path, stats: list[Any]
 ) -> None:
     write_both(folder, gpustats=stats)
-    assert {run.utilization for run in only_group(folder).runs} == {None}
     assert "utilization" not in read_page(folder).rows()["greedy"]
 
 

@@ -56,6 +56,11 @@ class SampleTotals:
     gpu_utilizations: tuple[float | None, ...]
     pairs: tuple[PairTotals, ...]
 
+    def utilizations_of(self, devices: Sequence[int]) -> list[float | None]:
+        """Percent, of each of these."""
+        known = self.gpu_utilizations
+        return [known[device] if device < len(known) else None for device in devices]
+
 
 def sample_totals(result: Result) -> SampleTotals:
     """Of an item of `results`.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pipespec.metrics.definitions import ratio
 from pipespec.reporting.verifications import (
     Curve,
     Verifications,
@@ -24,7 +23,7 @@ from pipespec.reporting.verifications import (
 from pipespec.results import RunExtract
 from pipespec.results.labels import model_names, stage_devices
 from pipespec.statistics.accepted import AcceptedSample, accepted_sample
-from pipespec.statistics.groups import Compared, Group, best_lookaheads, devices_of, group_runs
+from pipespec.statistics.groups import Compared, Group, best_lookaheads, group_runs
 
 T = TypeVar("T")
 Result = Mapping[str, Any]
@@ -91,19 +90,6 @@ class Run:
         for sample in self.samples:
             total.update(sample.accepted.emitted[-1] if sample.accepted.emitted else {})
         return total
-
-    @property
-    def utilization(self) -> float | None:
-        """Percent: the mean over the run's devices and its time; None if it is not known."""
-        devices, weighted, seconds = devices_of(self.metadata), 0.0, 0.0
-        for sample in self.samples:
-            totals = sample.accepted.totals
-            means = dict(enumerate(totals.gpu_utilizations))
-            known = [mean for place in devices if (mean := means.get(place)) is not None]
-            if known:
-                weighted += totals.total_time_s * sum(known) / len(known)
-                seconds += totals.total_time_s
-        return ratio(weighted, seconds)
 
 
 @dataclass(frozen=True, slots=True)

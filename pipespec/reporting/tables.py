@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from pipespec.reporting.data import Run, RunGroup
@@ -15,15 +14,12 @@ from pipespec.statistics.comparison import comparison_tables
 from pipespec.statistics.tables import NOTHING, Column, Row, Table
 
 _MACHINE: Final = ("host", "cpu", "platform", "commit", "pipespec_version", "versions")
-_UTILIZATION: Final = Column("utilization_percent", "utilization", unit=" %")
 
 
 def comparison_table(group: RunGroup) -> Table:
-    """The table of `print_benchmark_stats` for all runs, with the utilization of their devices."""
+    """The table of `print_benchmark_stats` for all runs."""
     (table,) = comparison_tables([group.group], show_all=True)
-    utilization = {str(run.path): run.utilization for run in group.runs}
-    rows = tuple({**row, _UTILIZATION.name: utilization[str(row["file"])]} for row in table.rows)
-    return replace(table, columns=(*table.columns, _UTILIZATION), rows=rows)
+    return table
 
 
 def html_table(table: Table, runs: Sequence[Run]) -> Html:

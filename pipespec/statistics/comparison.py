@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from pipespec.metrics import definitions, energy_estimate_j
-from pipespec.results.labels import lookahead_text, model_names
+from pipespec.metrics import SampleTotals, definitions, energy_estimate_j
+from pipespec.results.labels import lookahead_text, model_names, stage_devices
 from pipespec.statistics.groups import Compared, Group, best_lookaheads, devices_of
 from pipespec.statistics.tables import NOTHING, Column, Row, Table, Value
 
@@ -70,6 +70,26 @@ def energy_per_token(item: Compared) -> tuple[float | None, str | None]:
     return definitions.energy_per_token(energy_j, item.summary.num_tokens), POWER_SAMPLES
 
 
+def mean_utilization(item: Compared) -> tuple[float | None, ...]:
+    """Percent, of each stage: what the run recorded, else the mean of what was sampled of the
+    stage's devices; empty where neither is known."""
+    if item.summary.mean_utilization:
+        return item.summary.mean_utilization
+    stages = stage_devices(item.run.metadata)
+    means = tuple(_mean_over_time(item.run.samples, devices) for devices in stages)
+    return means if any(mean is not None for mean in means) else ()
+
+
+def _mean_over_time(samples: Sequence[SampleTotals], devices: Sequence[int]) -> float | None:
+    """Over samples, a long one weighing more, and over the devices that were read."""
+    weighted = seconds = 0.0
+    for sample in samples:
+        read = [value for value in sample.utilizations_of(devices) if value is not None]
+        weighted += sum(read) * sample.total_time_s
+        seconds += len(read) * sample.total_time_s
+    return definitions.ratio(weighted, seconds)
+
+
 def run_row(item: Compared) -> dict[str, Value]:
     """What names a run within its group."""
     metadata, path = item.run.metadata, item.run.path
@@ -124,7 +144,7 @@ def _row(item: Compared) -> Row:
         "block_efficiency": summary.block_efficiency,
         "energy_per_token_j": energy_j,
         "energy_source": source,
-        "mean_utilization_percent": summary.mean_utilization,
+        "mean_utilization_percent": mean_utilization(item),
     }
 
 
