@@ -25,7 +25,7 @@ LAYERS = (
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
-    ("planning",),
+    ("planning", "tracking"),
     (
         *("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
         *("comparison", "compare", "checkup", "doctor"),
@@ -81,13 +81,13 @@ LIGHT = (
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
     *("pipespec.demo.train", "pipespec.demo.evaluate"),
-    "pipespec.planning.meter",
+    *("pipespec.planning.meter", "pipespec.tracking", "pipespec.tracking.wandb_runs"),
 )
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_importing_it_loads_neither_torch_nor_transformers(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'}"
+    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib', 'wandb'}"
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     run = run_python(code)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr

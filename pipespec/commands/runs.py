@@ -35,6 +35,7 @@ from pipespec.results.reading import read_partial
 from pipespec.state.counts import Counts
 
 Result = Mapping[str, Any]
+OnSample = Callable[[Result, Mapping[str, Any]], None]
 WARM_UP_TOKENS: Final = 16
 
 
@@ -107,16 +108,20 @@ def run_strategy(
     inputs: Inputs,
     greedy: Sequence[Result],
     display: Display,
+    on_sample: OnSample = lambda _result, _metadata: None,
 ) -> None:
     """Loads the models, generates every sample that is not on the disk yet, and finishes the file.
+    on_sample: is told of each one of the run that is on the disk, and of the run's metadata.
 
     Raises:
         PipeSpecError: with a note on what was kept, like anything else that ends the run early.
     """
-    with _Models(run, settings, inputs, display) as models:
+    with _Models(run, settings, inputs, display, on_sample) as models:
         models.load(_stages_at_start(run, inputs))
         with _writer(run, len(inputs.prompts)) as writer:
             writer.update_metadata(pids=models.pids)
+            for result in writer.results:
+                on_sample(result, writer.metadata)
             if run.strategy == "async-chain" and writer.metadata.get("payoff") is None:
                 _judge_stages(models, writer, greedy)
             models.write_samples(writer)
@@ -165,13 +170,21 @@ class _Models:
     """The models of a run, all of its stages or some of them, and what they write. A context
     manager. pids: of all processes that have held a model."""
 
-    def __init__(self, run: Run, settings: Settings, inputs: Inputs, display: Display) -> None:
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        inputs: Inputs,
+        display: Display,
+        on_sample: OnSample,
+    ) -> None:
         self.run = run
         self.settings = settings
         self.inputs = inputs
         self.display = display
         self.stages: tuple[int, ...] = ()
         self.pids: list[int] = []
+        self._on_sample = on_sample
         self._decoder: AnyDecoder | None = None
 
     def load(self, stages: tuple[int, ...]) -> None:
@@ -201,6 +214,7 @@ class _Models:
                 if prompt.index not in writer.done and not until(texts):
                     result, texts[prompt.index] = self._write_sample(prompt, progress)
                     writer.add(result)
+                    self._on_sample(result, writer.metadata)
         return texts
 
     def close(self) -> None:

@@ -81,7 +81,8 @@ def read_run(path: Path, keep: Callable[[Mapping[str, Any]], T]) -> RunExtract[T
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The files that `paths` name; of a folder and the folders in it, the `.json` files.
+    """The files that `paths` name; of a folder and the folders in it, the `.json` files, but not
+    those of a folder `wandb`, which W&B puts beside results.
 
     Raises:
         DataError: a path does not exist, or a folder without any.
@@ -89,7 +90,11 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(item for item in path.rglob("*.json") if item.is_file())
+            found = sorted(
+                item
+                for item in path.rglob("*.json")
+                if item.is_file() and "wandb" not in item.relative_to(path).parts[:-1]
+            )
             if not found:
                 raise DataError(f"{path} has no .json files; pass a folder of result files")
             files += found
