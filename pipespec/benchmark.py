@@ -126,6 +126,9 @@ def _run_all(options: Namespace, settings: Settings, tracker: Tracker, display: 
         with tracker.run(run.metadata, tracking_folder(output_dir)) as tracked:
             if run.plan is OutputPlan.SKIP:
                 display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
+                before = load_results(run.path)
+                for result in before.results:
+                    tracked.log_sample(result, before.metadata)
             else:
                 run_strategy(run, settings, inputs, greedy, display, tracked.log_sample)
             stored = load_results(run.path)
