@@ -151,7 +151,7 @@ def _percent(share: float | None) -> float | None:
 
 def _total_rollbacks(facts: Facts) -> int | None:
     try:
-        return sum(result["metrics"]["num_rollbacks"][-2] for result in facts.results)
+        return sum(int(result["metrics"]["num_rollbacks"][-2]) for result in facts.results)
     except (KeyError, IndexError):  # a file of the original; greedy
         return None
 

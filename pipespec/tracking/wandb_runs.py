@@ -11,6 +11,7 @@ W&B's service, a process of its own, is ended with the tracker.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ class WandbTracker:
 
 def _import() -> ModuleType:
     try:
-        import wandb
+        wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise UsageError(_missing(f"cannot be imported ({_reason(error)})")) from error
     if not hasattr(wandb, "init"):  # a folder of that name, from an earlier run
