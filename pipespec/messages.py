@@ -25,7 +25,7 @@ import msgpack
 from pipespec.config import SamplingParams
 from pipespec.errors import ProtocolError
 
-VERSION: Final = 3
+VERSION: Final = 4
 LAUNCHER: Final = -1  # the sender index of the launcher; stages are 0 (first draft) to k-1 (target)
 MAX_TOKEN_ID: Final = (1 << 31) - 1
 MAX_TOKENS: Final = 1 << 22  # ids in one message; the longest prompt that can be submitted
@@ -83,6 +83,16 @@ def _parents(value: Any) -> Tokens:
     if value and not (_are_integers(value) and min(value) >= -1):
         raise ValueError("for each prepared token the index of an earlier one, or -1")
     return tuple(value)
+
+
+def _verifications(value: Any) -> Tokens:
+    numbers = _tokens(value)
+    offered, accepted, emitted = numbers[::3], numbers[1::3], numbers[2::3]
+    is_whole = len(offered) == len(emitted)
+    is_possible = (a <= min(o, e) and e <= a + 1 for o, a, e in zip(offered, accepted, emitted))
+    if not (is_whole and all(is_possible)):
+        raise ValueError("of each verification candidates, of them accepted ones, and tokens")
+    return numbers
 
 
 def _are_integers(values: Sequence[Any]) -> bool:
@@ -179,12 +189,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Committed tokens, target to launcher. `finish_reason`: "", "eos", "stop" or "length"."""
+    """Committed tokens, target to launcher. `finish_reason`: "", "eos", "stop" or "length".
+    `verifications`: which led to them; for each, in order, how many candidates were offered, how
+    many of them accepted, and how many tokens that brought."""
 
     request: int = _wire(_REQUEST)
     start: int = _wire(_POSITION)
     tokens: Tokens = _wire(_tokens)
     finish_reason: str = _wire(_text)
+    verifications: Tokens = _wire(_verifications, default=())
 
 
 @dataclass(frozen=True, slots=True)

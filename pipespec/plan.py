@@ -299,6 +299,8 @@ def _text_flags(options: Namespace, settings: Settings) -> list[str]:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     for text in settings.generation.stop:
         words += ["--stop", text]
+    if settings.prefill is not None:
+        words += ["--prefill", str(settings.prefill)]
     return words + (["--no-generation-prompt"] if options.no_generation_prompt else [])
 
 

@@ -1,6 +1,7 @@
 """`python -m pipespec.run_example`: writes one sample's text to the terminal as it is generated.
 
-Standard output gets the prompt and the text, stderr everything else.
+Standard output gets the prompt and the text (with `--show-acceptance`, a legend before them),
+stderr everything else.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
+from pipespec.commands.acceptance import AcceptanceView, painter
 from pipespec.commands.arguments import (
     Parser,
     add_engine_arguments,
@@ -18,7 +22,7 @@ from pipespec.commands.arguments import (
 )
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, library_errors, run_command
-from pipespec.commands.inputs import Prompt, check_length, read_inputs
+from pipespec.commands.inputs import Prompt, make_prompt, prefill_notes, prefill_of, read_inputs
 from pipespec.commands.settings import (
     DEFAULT_READY_TIMEOUT_S,
     Settings,
@@ -27,10 +31,13 @@ from pipespec.commands.settings import (
     read_settings,
 )
 from pipespec.config import STRATEGIES
+from pipespec.data import Sample
 from pipespec.decoding import Generation, Hierarchy
-from pipespec.errors import DataError, UsageError
+from pipespec.errors import UsageError
 from pipespec.metrics import StageCounts
 from pipespec.metrics.definitions import acceptance_rate
+
+DEFAULT_PREFILL: Final = 4096  # the original's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,12 +52,29 @@ def make_parser() -> Parser:
         description="Generates one text and shows it as it comes. Every flag may be written with "
         "hyphens or underscores.",
     )
-    add_input_arguments(parser, STRATEGIES, "async-chain")
+    add_input_arguments(
+        parser,
+        STRATEGIES,
+        "async-chain",
+        default_prefill=f"of samples {DEFAULT_PREFILL}, or what the context has room for",
+    )
     group = parser.add_argument_group("the prompt")
     group.add_argument(
         "--sample-index", type=int, metavar="N", default=0, help="of the data set, from 0"
     )
     group.add_argument("--prompt", metavar="TEXT", help="this text instead of a sample")
+    group.add_argument(
+        "--use-basic-template",
+        action="store_true",
+        help="write a conversation as USER: and ASSISTANT: instead of with the chat template",
+    )
+    group = parser.add_argument_group("what is shown")
+    group.add_argument(
+        "--show-acceptance",
+        action="store_true",
+        help="tell drafted tokens, corrections and bonus tokens apart: by colours on a terminal, "
+        "by marks elsewhere and with NO_COLOR",
+    )
     add_generation_arguments(parser)
     add_engine_arguments(parser, DEFAULT_READY_TIMEOUT_S)
     return parser
@@ -58,7 +82,12 @@ def make_parser() -> Parser:
 
 def _run_example(options: Namespace) -> int:
     configure_logging(options.verbose)
-    settings = read_settings(options)
+    settings = replace(
+        read_settings(options),
+        default_prefill=DEFAULT_PREFILL if options.prompt is None else None,
+        is_basic_template=options.use_basic_template,
+    )
+    _check_flags(options, settings)
     display = Display(make_console(stderr=True))
     hierarchy, prompt = _read_prompt(options, settings, display)
     (strategy,) = settings.strategies
@@ -67,12 +96,42 @@ def _run_example(options: Namespace) -> int:
         with display.loading(strategy, settings.models) as on_progress:
             decoder = open_decoder(strategy, hierarchy, settings, on_progress)
             models.callback(decoder.close)
-        make_console().print(prompt.text, style="dim", end="", markup=False, soft_wrap=True)
-        output = decoder.generate(prompt.ids, settings.generation, _write)
+        console, view = make_console(), None
+        listeners: dict[str, Callable[..., Any]] = {"on_text": _write}
+        if options.show_acceptance:
+            view = AcceptanceView(hierarchy.tokenizer, painter(console), _write)
+            listeners = {"on_text": view.on_text, "on_tokens": view.on_tokens}
+            _write(f"{view.legend}\n\n")
+        console.print(prompt.text, style="dim", end="", markup=False, soft_wrap=True)
+        output = decoder.generate(prompt.ids, settings.generation, **listeners)
         _write("\n")
     display.line("")
     display.line(describe(strategy, output))
+    if view is not None:
+        display.line(view.summary)
     return 0
+
+
+def _check_flags(options: Namespace, settings: Settings) -> None:
+    """Flags against each other.
+
+    Raises:
+        UsageError: naming two that exclude each other.
+    """
+    if options.show_acceptance and settings.strategies == ("greedy",):
+        raise UsageError(
+            "--show-acceptance is for chain and async-chain: greedy has no draft to accept; "
+            "leave the flag out, or pass another --strategy"
+        )
+    if options.prompt is not None and settings.is_dataset_given:
+        raise UsageError("--prompt and --dataset exclude each other; pass one of them")
+    if options.prompt is not None and options.use_basic_template:
+        raise UsageError(
+            "--use-basic-template is for conversations, and --prompt is fed as it stands; pass "
+            "one of them"
+        )
+    if options.sample_index < 0:
+        raise UsageError(f"--sample-index is {options.sample_index}; it must be 0 or more")
 
 
 def _read_prompt(
@@ -84,24 +143,17 @@ def _read_prompt(
         UsageError: there is no such sample, or it does not fit.
     """
     if options.prompt is not None:
-        if settings.is_dataset_given:
-            raise UsageError("--prompt and --dataset exclude each other; pass one of them")
         hierarchy = open_models(settings)
-        ids = hierarchy.tokenizer.encode(options.prompt)
-        check_length("--prompt", ids, hierarchy)
-        return hierarchy, Prompt(0, options.prompt, tuple(ids))
+        sample = Sample(0, text=options.prompt)
+        prompt = make_prompt(sample, "--prompt", hierarchy, settings)
+        for note in prefill_notes([prompt], prefill_of(settings, hierarchy)):
+            display.line(f"note: {note}")
+        return hierarchy, prompt
     index: int = options.sample_index
-    if index < 0:
-        raise UsageError(f"--sample-index is {index}; it must be 0 or more")
-    inputs = read_inputs(settings, index + 1)
-    if index >= len(inputs.prompts):
-        raise DataError(
-            f"--sample-index is {index}, but {inputs.dataset.source} has only "
-            f"{len(inputs.prompts)} samples"
-        )
+    inputs = read_inputs(settings, index + 1, sample_index=index)
     for warning in inputs.warnings:
         display.line(f"note: {warning}")
-    return inputs.hierarchy, inputs.prompts[index]
+    return inputs.hierarchy, inputs.prompts[0]
 
 
 def describe(strategy: str, output: Generation) -> str:

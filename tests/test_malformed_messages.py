@@ -27,6 +27,7 @@ from pipespec.messages import (
     Frame,
     Link,
     Message,
+    Output,
     Tokens,
     decode,
     encode,
@@ -68,8 +69,20 @@ ANYTHING = st.recursive(
 )
 
 
+VERIFICATIONS = st.lists(
+    st.integers(0, 9).flatmap(
+        lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, 1)).map(
+            lambda v: (v[0], v[1], v[1] + v[2])
+        )
+    ),
+    max_size=4,
+).map(lambda steps: tuple(number for step in steps for number in step))
+
+
 def messages_of(kind: type) -> st.SearchStrategy[Message]:
     values = {item.name: IN_RANGE.get(item.name, OF_TYPE[item.type]) for item in fields(kind)}
+    if kind is Output:
+        values["verifications"] = VERIFICATIONS
     if kind is not Draft:
         return st.builds(kind, **values)
     return TOKENS.flatmap(
@@ -192,6 +205,9 @@ def test_a_field_too_few_or_too_many_is_refused(frame: Frame) -> None:
         (packed(VERSION, 12, 1024, 1, 1, 0), "sender"),
         (packed(VERSION, 12, 0, -1, 1, 0), "incarnation"),
         (packed(VERSION, 12, 0, 1, 1.0, 0), "receiver_incarnation"),
+        (packed(VERSION, 3, 0, 1, 1, 0, 1, 0, [7], "", [1, 1]), "verifications"),
+        (packed(VERSION, 3, 0, 1, 1, 0, 1, 0, [7], "", [1, 2, 2]), "verifications"),
+        (packed(VERSION, 3, 0, 1, 1, 0, 1, 0, [7], "", [3, 1, 3]), "verifications"),
         (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [1 << 31], False, []), "tokens"),
         (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, 0, [True], False, []), "tokens"),
         (packed(VERSION, 1, 0, 1, 1, 0, 1, 1 << 63, (1 << 40) + 1, [], False, []), "start"),

@@ -90,7 +90,7 @@ def test_verification_accepts_the_matching_prefix_and_adds_the_correction_token(
     outgoing = step(state, [1, 2, 8, 4])
     assert own(state) == [1, 2, 8]
     assert state.cands.main == []
-    assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 2, 8), "")]
+    assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 2, 8), "", (3, 2, 3))]
     assert messages(outgoing, Link.UP) == [Verdict(1, 1, 3, (1, 2, 8), False)]
 
 
@@ -261,7 +261,7 @@ def test_the_target_cuts_at_the_first_end_of_text() -> None:
     target.on_draft(draft([], [1, 0, 0]))
     outgoing = step(target, [1, 0, 0, 5])
     assert own(target) == [1, 0]
-    assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 0), "eos")]
+    assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 0), "eos", (3, 2, 2))]
 
 
 def test_max_new_tokens_is_exact_although_more_candidates_are_there() -> None:
@@ -269,7 +269,7 @@ def test_max_new_tokens_is_exact_although_more_candidates_are_there() -> None:
     target.on_draft(draft([], [1, 2, 3]))
     outgoing = step(target, [1, 2])
     assert own(target) == [1, 2]
-    assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 2), "length")]
+    assert messages(outgoing, Link.LAUNCHER) == [Output(1, 3, (1, 2), "length", (1, 1, 2))]
 
 
 def test_a_draft_with_a_full_context_says_that_nobody_need_wait() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from pipespec.config import POLICIES, RUNNERS, GenerationParams, SamplingParams, Schedule
+from pipespec.data import BUILT_IN
 from pipespec.errors import UsageError
 from pipespec.tracking.wandb_runs import DEFAULT_WANDB_PROJECT
 
@@ -39,8 +40,15 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def add_input_arguments(parser: Parser, strategies: Sequence[str] = (), default: str = "") -> None:
-    """What runs on what: strategy (unless there is nothing to choose), models, data set."""
+def add_input_arguments(
+    parser: Parser,
+    strategies: Sequence[str] = (),
+    default: str = "",
+    *,
+    default_prefill: str = "whole prompts",
+) -> None:
+    """What runs on what: strategy (unless there is nothing to choose), models, data set.
+    default_prefill: what the command does without `--prefill`."""
     group = parser.add_argument_group("what to run")
     if strategies:
         group.add_argument(
@@ -58,13 +66,21 @@ def add_input_arguments(parser: Parser, strategies: Sequence[str] = (), default:
     group.add_argument(
         "--dataset",
         metavar="NAME",
-        help="built-in name, hub name, folder saved by datasets, .jsonl or .json file (default: "
-        "stdlib for models shipped with PipeSpec and emulated ones, else humaneval)",
+        help=f"built-in name ({', '.join(BUILT_IN)}), NAME=PATH for a copy of one of them, hub "
+        "name, folder saved by datasets, .jsonl or .json file (default: stdlib for models shipped "
+        "with PipeSpec and emulated ones, else humaneval)",
     )
     group.add_argument(
         "--no-generation-prompt",
         action="store_true",
         help="end a conversation without the reply's header, as the original did",
+    )
+    group.add_argument(
+        "--prefill",
+        type=int,
+        metavar="N",
+        help="cut prompts to at most N tokens: documents lose their end, instructions nothing "
+        f"(default: {default_prefill})",
     )
 
 

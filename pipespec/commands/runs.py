@@ -73,6 +73,7 @@ def describe_run(
         dataset_digest=inputs.dataset.digest,
         num_samples=len(inputs.prompts),
         generation_prompt=settings.generation_prompt,
+        prefill=settings.prefill,
         runner=settings.runner,
         environment=describe_environment(),
         started_at=_now(),

@@ -39,6 +39,9 @@ class Settings:
     """What the flags that commands share ask for.
 
     strategies: in the order in which they run. is_dataset_given: the user named the data set.
+    prefill: what `--prefill` said; None where it was not given, and prompts are cut to
+    `default_prefill` tokens, if that is not None, or to what the context has room for.
+    is_basic_template: write conversations without the tokenizer's chat template.
     """
 
     strategies: tuple[str, ...]
@@ -52,6 +55,9 @@ class Settings:
     runner: str
     transport: str
     ready_timeout_s: float
+    prefill: int | None = None
+    default_prefill: int | None = None
+    is_basic_template: bool = False
 
     def schedule_of(self, strategy: str) -> Schedule:
         """A policy says how to wait, and `chain` never does: it has the adaptive one's rule."""
@@ -78,6 +84,8 @@ def read_settings(options: argparse.Namespace) -> Settings:
     if options.deterministic:  # the target alone decides what is written
         models = (*models[:-1], replace(models[-1], deterministic=True))
     _check_strategies(strategies, schedule, models, config_path)
+    if options.prefill is not None and options.prefill < 1:
+        raise UsageError(f"--prefill is {options.prefill}; it must be at least 1 token")
     timeout_s = options.ready_timeout
     if not (math.isfinite(timeout_s) and timeout_s > 0):
         raise UsageError(
@@ -95,6 +103,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         runner=options.runner,
         transport=options.transport,
         ready_timeout_s=timeout_s,
+        prefill=options.prefill,
     )
 
 

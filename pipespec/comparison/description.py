@@ -41,6 +41,7 @@ def describe(
         "num_samples": len(inputs.prompts),
         "num_prompt_tokens": [len(prompt.ids) for prompt in inputs.prompts],
         "generation_prompt": settings.generation_prompt,
+        "prefill": settings.prefill,
         "max_new_tokens": settings.generation.max_new_tokens,
         "sampling": asdict(settings.generation.sampling),
         "tables": {

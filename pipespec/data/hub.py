@@ -16,16 +16,19 @@ from pipespec.data.readers import Row, choose_split, first_line, number_rows
 from pipespec.errors import DataError
 
 HUB_TIMEOUT_S: Final = 10.0
+CONVERTED: Final = "refs/convert/parquet"  # a branch that the hub makes by itself
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
     """A set on the hub: `owner/name`, one of its configurations, one of its splits (None: the only
-    configuration, and the test, validation or train split)."""
+    configuration, and the test, validation or train split). is_streamed: a download would be
+    enormous, so rows are read over the network as far as they are asked for."""
 
     path: str
     config: str | None = None
     split: str | None = None
+    is_streamed: bool = False
 
     def __str__(self) -> str:
         return self.path if self.config is None else f"{self.path}:{self.config}"
@@ -46,7 +49,16 @@ def read_hub(source: HubSource, timeout_s: float = HUB_TIMEOUT_S) -> Iterator[Ro
     split = source.split or choose_split(str(source), splits)
     if split not in splits:
         raise DataError(f"{source} has no split {split} (it has: {', '.join(splits)})")
-    return number_rows(splits[split], f"split {split} row ")
+    rows = number_rows(splits[split], f"split {split} row ")
+    return _streamed(source, rows) if source.is_streamed else rows
+
+
+def _streamed(source: HubSource, rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows that may fail to come at any time."""
+    try:
+        yield from rows
+    except Exception as error:  # of the file system, the HTTP client or the decoder
+        raise DataError(_explain(source, error)) from error
 
 
 def _cached(source: HubSource) -> Any | None:
@@ -93,8 +105,16 @@ def _check_reachable(source: HubSource, timeout_s: float) -> None:
 def _downloaded(source: HubSource) -> Any:
     import datasets
 
+    options: dict[str, Any] = {"streaming": True} if source.is_streamed else {}
     try:
-        return datasets.load_dataset(source.path, source.config)
+        try:
+            return datasets.load_dataset(source.path, source.config, **options)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # The hub keeps a converted copy of such sets.
+            options["revision"] = CONVERTED
+            return datasets.load_dataset(source.path, source.config, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(_explain(source, error)) from error
 

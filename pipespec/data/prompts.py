@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from pipespec.errors import DataError
 
@@ -25,14 +25,25 @@ class Turn:
     content: str
 
 
+class Span(NamedTuple):
+    """Characters `start` to `end` - 1."""
+
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One prompt: `text`, or `messages`, the turns before the reply that is to be generated.
-    index: its position in the data set, from 0."""
+
+    index: its position in the data set, from 0. document: where in the text, or in the last turn,
+    the part stands that may be shortened; None where nothing is known of the prompt's parts.
+    """
 
     index: int
     text: str | None = None
     messages: tuple[Turn, ...] | None = None
+    document: Span | None = None
 
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a sample is text or messages"
@@ -48,23 +59,42 @@ class PromptTokenizer(Protocol):
     ) -> str: ...
 
 
-def prompt_text(sample: Sample, tokenizer: PromptTokenizer, generation_prompt: bool = True) -> str:
+def prompt_text(
+    sample: Sample,
+    tokenizer: PromptTokenizer,
+    generation_prompt: bool = True,
+    *,
+    is_basic: bool = False,
+) -> str:
     """The text that is fed. generation_prompt: end a conversation with the header of the reply; the
-    original did not, and its models wrote "assistant" first."""
+    original did not, and its models wrote "assistant" first. is_basic: see `basic_text`."""
     if sample.messages is None:
         assert sample.text is not None
         return sample.text
+    if is_basic:
+        return basic_text(sample.messages, generation_prompt)
     messages = [{"role": turn.role, "content": turn.content} for turn in sample.messages]
     return tokenizer.render_chat(messages, generation_prompt)
 
 
 def prompt_ids(
-    sample: Sample, tokenizer: PromptTokenizer, generation_prompt: bool = True
+    sample: Sample,
+    tokenizer: PromptTokenizer,
+    generation_prompt: bool = True,
+    *,
+    is_basic: bool = False,
 ) -> list[int]:
     """The token ids that are fed. A chat template writes its own begin-of-text token, so none is
-    added to a conversation."""
-    text = prompt_text(sample, tokenizer, generation_prompt)
-    return tokenizer.encode(text, add_special_tokens=sample.messages is None)
+    added to a conversation; `basic_text` is plain text and gets one."""
+    text = prompt_text(sample, tokenizer, generation_prompt, is_basic=is_basic)
+    return tokenizer.encode(text, add_special_tokens=sample.messages is None or is_basic)
+
+
+def basic_text(messages: Sequence[Turn], generation_prompt: bool = True) -> str:
+    """A conversation for models without a chat template: a line `USER: ...`, a line
+    `ASSISTANT: ...` and so on, the last of them waiting for its text."""
+    lines = [f"{turn.role.upper()}: {turn.content}" for turn in messages]
+    return "\n".join([*lines, "ASSISTANT:"] if generation_prompt else lines)
 
 
 def sample_from_row(index: int, row: Mapping[str, Any], columns: Iterable[str] = COLUMNS) -> Sample:
@@ -81,12 +111,21 @@ def sample_from_row(index: int, row: Mapping[str, Any], columns: Iterable[str] =
     value = row[column]
     if column == "conversation":
         return Sample(index, messages=_turns_before_reply(value))
+    return Sample(index, text=check_text(column, value))
+
+
+def check_text(column: str, value: object) -> str:
+    """The text that is in a column.
+
+    Raises:
+        DataError: there is none.
+    """
     if not isinstance(value, str):
         raise DataError(f'"{column}" is not a text')
     if not value.strip():
         raise DataError(f'"{column}" is empty')
     _check_unicode(column, value)
-    return Sample(index, text=value)
+    return value
 
 
 def _turns_before_reply(conversation: object) -> tuple[Turn, ...]:

@@ -7,11 +7,11 @@ The stages talk among themselves (`stage`, `state`). Source: PipeSpec, arXiv 250
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Final, NoReturn, Self, TypeVar
 
 from pipespec.config import GenerationParams, Schedule
-from pipespec.decoding.base import Batch, Generation, Prompt, Session
+from pipespec.decoding.base import Batch, Generation, OnText, OnTokens, Prompt, Session
 from pipespec.decoding.greedy import DEFAULTS
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.errors import StageError, UsageError
@@ -79,9 +79,10 @@ class AsyncChainSpeculativeDecoder:
         self,
         prompt: Prompt,
         params: GenerationParams = DEFAULTS,
-        on_text: Callable[[str], None] | None = None,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Generation:
-        return self._session.generate(prompt, params, on_text)
+        return self._session.generate(prompt, params, on_text, on_tokens)
 
     def stream(self, prompt: Prompt, params: GenerationParams = DEFAULTS) -> Iterator[str]:
         return self._session.stream(prompt, params)
@@ -122,7 +123,7 @@ class AsyncChainSpeculativeDecoder:
         while True:
             for output in self._await(Output, request, target):
                 new = self._journal.on_output(output, self._journal.incarnation)
-                yield new, output.finish_reason
+                yield Batch(new, output.finish_reason, output.verifications)
                 if self._open_request != request:
                     raise UsageError(
                         "this text was given up: another one was started before it ended, and "

@@ -9,17 +9,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipespec.config import GenerationParams
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.errors import DataError
 from pipespec.messages import Submit
+from pipespec.metrics import Origin, token_origins
 from pipespec.state import cut_at_stop
 from pipespec.tokenizer import StreamDecoder
 
 Prompt = str | Sequence[int]
-Batch = tuple[tuple[int, ...], str]  # committed tokens, finish reason ("" until the last)
+OnText = Callable[[str], None]
+OnTokens = Callable[[Sequence[int], Sequence[Origin]], None]
+
+
+class Batch(NamedTuple):
+    """Committed tokens. finish_reason: "" until the last. verifications: which led to them, see
+    `messages.Output`."""
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+    verifications: tuple[int, ...] = ()
+
+    def origins(self) -> list[Origin]:
+        """Of each token."""
+        numbers = self.verifications
+        return token_origins(len(self.tokens), zip(numbers[::3], numbers[1::3], numbers[2::3]))
 
 
 class Engine(Protocol):
@@ -71,9 +87,11 @@ class Decoder(Protocol):
         self,
         prompt: Prompt,
         params: GenerationParams = ...,
-        on_text: Callable[[str], None] | None = None,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Generation:
-        """Writes a whole text; `on_text` gets each piece as it comes."""
+        """Writes a whole text. `on_tokens` gets tokens as they come and what brought each of them,
+        then `on_text` the text that has become certain by them, if there is any."""
         ...
 
     def stream(self, prompt: Prompt, params: GenerationParams = ...) -> Iterator[str]:
@@ -93,7 +111,11 @@ class Session:
         self._num_requests = 0
 
     def generate(
-        self, prompt: Prompt, params: GenerationParams, on_text: Callable[[str], None] | None
+        self,
+        prompt: Prompt,
+        params: GenerationParams,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Generation:
         """See `Decoder.generate`.
 
@@ -105,9 +127,12 @@ class Session:
         token_ids: list[int] = []
         arrivals: list[tuple[float, int]] = []
         start_s = time.perf_counter()
-        for tokens, reason in self._engine.run(submit):
+        for batch in self._engine.run(submit):
+            tokens, reason = batch.tokens, batch.finish_reason
             arrivals.append((time.perf_counter() - start_s, len(tokens)))
             token_ids += tokens
+            if on_tokens is not None:
+                on_tokens(tokens, batch.origins())
             piece = text.push(tokens, reason)
             if on_text is not None and piece:
                 on_text(piece)
@@ -129,8 +154,8 @@ class Session:
         text = TextAssembler(self._engine.hierarchy, params.stop)
         batches = self._engine.run(submit)
         try:
-            for tokens, reason in batches:
-                if piece := text.push(tokens, reason):
+            for batch in batches:
+                if piece := text.push(batch.tokens, batch.finish_reason):
                     yield piece
         finally:
             batches.close()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Self
 
 from pipespec.config import GenerationParams, Schedule
-from pipespec.decoding.base import Batch, Generation, Prompt, Session
+from pipespec.decoding.base import Batch, Generation, OnText, OnTokens, Prompt, Session
 from pipespec.decoding.greedy import DEFAULTS
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.decoding.local import close_all, load_runners, pinned
@@ -75,9 +75,10 @@ class ChainSpeculativeDecoder:
         self,
         prompt: Prompt,
         params: GenerationParams = DEFAULTS,
-        on_text: Callable[[str], None] | None = None,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Generation:
-        return self._session.generate(prompt, params, on_text)
+        return self._session.generate(prompt, params, on_text, on_tokens)
 
     def stream(self, prompt: Prompt, params: GenerationParams = DEFAULTS) -> Iterator[str]:
         return self._session.stream(prompt, params)
@@ -101,7 +102,7 @@ class ChainSpeculativeDecoder:
                     for output in self._deliver():
                         if output.finish_reason:
                             closing = Finish(submit.request)
-                        yield output.tokens, output.finish_reason
+                        yield Batch(output.tokens, output.finish_reason, output.verifications)
                     if isinstance(closing, Abort):
                         self._step_once()
         finally:

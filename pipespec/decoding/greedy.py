@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Self
 
 from pipespec.config import GenerationParams
-from pipespec.decoding.base import Batch, Generation, Prompt, Session
+from pipespec.decoding.base import Batch, Generation, OnText, OnTokens, Prompt, Session
 from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.decoding.local import close_all, load_runners, pinned
 from pipespec.messages import Submit
@@ -39,9 +39,10 @@ class GreedyDecoder:
         self,
         prompt: Prompt,
         params: GenerationParams = DEFAULTS,
-        on_text: Callable[[str], None] | None = None,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Generation:
-        return self._session.generate(prompt, params, on_text)
+        return self._session.generate(prompt, params, on_text, on_tokens)
 
     def stream(self, prompt: Prompt, params: GenerationParams = DEFAULTS) -> Iterator[str]:
         return self._session.stream(prompt, params)
@@ -68,7 +69,7 @@ class GreedyDecoder:
                     step = Step(submit.request, position, ids, 0, is_prefill=position == 0)
                     self._counts.log_step([step], 0, 1, start_s, end_s)
                     reason = check(token)
-                    yield (token,), reason
+                    yield Batch((token,), reason)
                     position, ids = position + len(ids), (token,)
         finally:
             runner.release(0)

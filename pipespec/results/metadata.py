@@ -32,6 +32,7 @@ DEFINING: Final = (
     "dataset_digest",
     "num_samples",
     "generation_prompt",
+    "prefill",
     "max_new_tokens",
     "stop",
     "sampling",
@@ -53,6 +54,7 @@ def run_metadata(
     environment: Mapping[str, Any],
     started_at: str,
     drop_stages: bool = False,
+    prefill: int | None = None,
 ) -> dict[str, Any]:
     """What is known before the run starts.
 
@@ -66,6 +68,7 @@ def run_metadata(
         started_at: ISO 8601, with its offset from UTC.
         drop_stages: whether async-chain leaves out stages that do not pay. None where it does not:
             files from before there was a choice say nothing of it.
+        prefill: what `--prefill` said; None, as in files from before there was one: whole prompts.
     """
     is_greedy = strategy == "greedy"
     metadata = {
@@ -87,6 +90,7 @@ def run_metadata(
         "dataset_source": dataset_source,
         "dataset_digest": dataset_digest,
         "generation_prompt": generation_prompt,
+        "prefill": prefill,
         "max_new_tokens": generation.max_new_tokens,
         "stop": list(generation.stop),
         "sampling": asdict(generation.sampling),

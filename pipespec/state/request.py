@@ -48,8 +48,9 @@ class RequestState:
         "acked", "adopted", "ahead", "burst", "candidate_stats", "cands", "check_finish",
         "context_is_short", "counts", "drafter_stopped", "eos", "finish_reason", "hashes", "intact",
         "keep", "keep_start", "kv_valid", "limit", "num_main_accepted", "num_output",
-        "num_told", "num_verdicts_sent", "outcomes", "output_at_s", "prompt_len", "request", "role",
-        "rows", "sent", "seq", "step", "submit", "verdict_seen", "waiting_until",
+        "num_steps_output", "num_told", "num_verdicts_sent", "outcomes", "output_at_s",
+        "prompt_len", "request", "role", "rows", "sent", "seq", "step", "submit", "verdict_seen",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, role: Role, check_finish: FinishCheck) -> None:
@@ -77,6 +78,7 @@ class RequestState:
         self.sent = self.acked = len(self.seq)
         self.num_verdicts_sent = self.verdict_seen = 0
         self.num_told = self.num_output = len(self.seq)  # so much the others know
+        self.num_steps_output = 0  # decode steps of which the launcher has heard
         self.output_at_s = -math.inf
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
         self.step: Step | None = None  # the forward in flight

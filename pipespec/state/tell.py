@@ -20,10 +20,20 @@ def tell(request: RequestState, first_new: int, now_s: float) -> list[tuple[Link
     is_due = now_s - request.output_at_s >= request.role.output_every_s
     if request.role.is_last and (is_due or request.finish_reason):
         tokens = tuple(request.seq[request.num_output :])
-        output = Output(request.request, request.num_output, tokens, request.finish_reason)
+        output = Output(
+            request.request, request.num_output, tokens, request.finish_reason, _steps(request)
+        )
         outgoing.append((Link.LAUNCHER, output))
         request.num_output, request.output_at_s = len(request.seq), now_s
     return outgoing
+
+
+def _steps(request: RequestState) -> tuple[int, ...]:
+    """What came of the verifications since the last output."""
+    counts, first = request.counts, request.num_steps_output
+    request.num_steps_output = len(counts.emitted)
+    steps = zip(counts.offered[first:], counts.accepted[first:], counts.emitted[first:])
+    return tuple(number for step in steps for number in step)
 
 
 def tell_kept(request: RequestState) -> list[tuple[Link, Message]]:
