@@ -278,5 +278,5 @@ def test_the_last_verification_may_end_with_an_accepted_token() -> None:
     metrics = {"offered_tokens": [[3, 2, 4]], "accepted_tokens": [[2, 0, 4]], "num_accepted": [5]}
     assert target_verifications(metrics) == [Verification(3, 1, 2), Verification(4, 4, 4)]
     result = {"metrics": metrics, "output_ids": [10, 11, 12, 13, 14, 15, 16]}
-    assert list(accepted_ids(result)) == [11, 13, 14, 15, 16]
-    assert list(accepted_ids({**result, "output_ids": [10, 11]})) == []
+    assert accepted_ids(result) == [11, 13, 14, 15, 16]
+    assert accepted_ids({**result, "output_ids": [10, 11]}) == []

@@ -5,12 +5,15 @@ The original's files lack the candidates that were offered, so nothing here is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from pipespec.metrics.origins import Origin, token_origins
 
 
 class Verification(NamedTuple):
-    """One that no verdict overtook: candidates scored, of those accepted, tokens emitted."""
+    """One that no verdict overtook, as in `origins`: candidates scored, of those accepted, tokens
+    emitted."""
 
     offered: int
     accepted: int
@@ -49,14 +52,12 @@ def acceptance_by_position(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[i
     ]
 
 
-def accepted_ids(result: Mapping[str, Any]) -> Iterator[int]:
+def accepted_ids(result: Mapping[str, Any]) -> list[int]:
     """The ids in a sample's output that the target accepted from its draft; the others are its
     own. Nothing if ids and verifications do not belong together."""
     ids: Sequence[int] = result.get("output_ids", ())
     found = target_verifications(result["metrics"])
     if len(ids) != 1 + sum(item.emitted for item in found):
-        return
-    start = 1  # the prefill's token is the target's own
-    for item in found:
-        yield from ids[start : start + item.accepted]
-        start += item.emitted
+        return []
+    origins = token_origins(len(ids), found)
+    return [token_id for token_id, origin in zip(ids, origins) if origin is Origin.ACCEPTED]
