@@ -223,7 +223,7 @@ def test_only_keys_of_the_table_and_our_own_are_logged(tracked: Tracked) -> None
 def test_offline_mode_reaches_for_no_network_and_leaves_no_process(tracked: Tracked) -> None:
     assert tracked.num_connections == 0
     assert not services_of(tracked.pid)
-    assert tracked.printed.count("to upload it: wandb sync ") == 3
+    assert tracked.printed.count("`wandb sync` uploads ") == 3
 
 
 def test_wandbs_files_are_beside_the_results_and_no_result_files(tracked: Tracked) -> None:

@@ -131,7 +131,7 @@ class WandbTracker:
         if self._run.url:
             self._say(f"W&B: {self._run.url}")
         elif not self._run.disabled:
-            self._say(f"W&B: offline; to upload it: wandb sync {self._run.settings.sync_dir}")
+            self._say(f"W&B: offline; `wandb sync` uploads {self._run.settings.sync_dir}")
 
     def _init(self, metadata: Mapping[str, Any], directory: Path) -> Any:
         configured = self._wandb.setup().settings
@@ -161,8 +161,8 @@ class WandbTracker:
                 run.finish(exit_code=exit_code)
             except TimeoutError:
                 self._say(
-                    f"W&B: the server did not take everything within {_FINISH_S:g} s; to upload "
-                    f"the rest: wandb sync {run.settings.sync_dir}"
+                    f"W&B: the server did not take everything within {_FINISH_S:g} s; `wandb "
+                    f"sync` uploads {run.settings.sync_dir}"
                 )
 
     @contextlib.contextmanager
