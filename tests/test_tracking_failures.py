@@ -257,18 +257,15 @@ def test_what_is_not_known_is_left_out() -> None:
     assert tables([original], metadata, str) == {}
 
 
-def test_rates_of_several_pairs_and_quantities_of_stages_have_an_index() -> None:
+def test_of_rates_of_several_pairs_the_targets_has_the_plain_name() -> None:
     pairs: dict[str, Sequence[Any]] = {
         "accepted_tokens": [[2], [3]], "num_accepted": [1, 2], "num_offered": [2, 4],
-        "mean_utilization": [10.0, None, 30.0],
     }  # fmt: skip
     values = own_values(facts_of([sample(0, **pairs)], {**METADATA, "strategy": "chain"}))
     assert values["pipespec/acceptance_rate/0"] == 0.5
     assert values["pipespec/acceptance_rate"] == 0.5
     assert values["pipespec/block_efficiency/0"] == 2
     assert values["pipespec/block_efficiency"] == 3
-    assert values["pipespec/mean_utilization/0"] == 10
-    assert "pipespec/mean_utilization/1" not in values
 
 
 # -- verifications --------------------------------------------------------------------------------

@@ -96,23 +96,17 @@ def end_values(facts: Facts) -> dict[str, Value]:
 
 
 def own_values(facts: Facts) -> dict[str, Value]:
-    """`pipespec/...`: the fields of `metrics.Summary`, and the means of each stage's device.
-
-    Of rates of several pairs of stages, that of the target has the plain name; those of the pairs
-    before it, and all quantities of stages, end in `/INDEX`.
-    """
+    """`pipespec/...`: the fields of `metrics.Summary`. Of several values, one a pair of stages or a
+    stage, that of the target has the plain name; those before it end in `/INDEX`."""
     found: dict[str, Value] = {}
     for field in fields(Summary):
         value = getattr(facts.summary, field.name)
         if isinstance(value, tuple):
-            for pair, rate in enumerate(value):
-                is_target = pair == len(value) - 1
-                found[f"pipespec/{field.name}" + ("" if is_target else f"/{pair}")] = rate
+            for index, item in enumerate(value):
+                is_target = index == len(value) - 1
+                found[f"pipespec/{field.name}" + ("" if is_target else f"/{index}")] = item
         else:
             found[f"pipespec/{field.name}"] = value
-    for name in ("mean_utilization", "energy_per_stage_j"):
-        for stage, values in enumerate(zip(*(r["metrics"].get(name, ()) for r in facts.results))):
-            found[f"pipespec/{name}/{stage}"] = _mean(values)
     return _known(found)
 
 
