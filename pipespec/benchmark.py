@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipespec.commands.arguments import (
@@ -17,6 +18,7 @@ from pipespec.commands.arguments import (
     add_engine_arguments,
     add_generation_arguments,
     add_input_arguments,
+    add_trace_argument,
     add_tracking_arguments,
 )
 from pipespec.commands.display import Display, make_console
@@ -33,11 +35,12 @@ from pipespec.commands.runs import (
 )
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.commands.tables import TableRow, summary_table
+from pipespec.commands.tracing import tracing
 from pipespec.commands.tracking import open_tracker, tracking_folder
 from pipespec.config import STRATEGIES
 from pipespec.errors import DataError, UsageError
 from pipespec.results import OutputPlan, load_results, metadata_differences
-from pipespec.tracking import Tracker
+from pipespec.tracking import RunTracker, Tracker
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +58,7 @@ def make_parser() -> Parser:
     add_input_arguments(parser, (*STRATEGIES, "all"), "all")
     add_generation_arguments(parser)
     add_engine_arguments(parser, DEFAULT_READY_TIMEOUT_S)
+    add_trace_argument(parser)
     group = parser.add_argument_group("samples and results")
     group.add_argument(
         "--num-samples",
@@ -121,21 +125,41 @@ def _run_all(options: Namespace, settings: Settings, tracker: Tracker, display: 
         )
         for strategy in settings.strategies
     ]
+    if options.trace is not None and all(run.plan is OutputPlan.SKIP for run in runs):
+        raise UsageError(
+            f"--trace: everything is in {output_dir} already, nothing would run; add --force, or "
+            "name another --output-dir"
+        )
     greedy = _stored_greedy(settings, inputs, output_dir, runs, display)
-    for run in runs:
-        with tracker.run(run.metadata, tracking_folder(output_dir)) as tracked:
-            if run.plan is OutputPlan.SKIP:
-                display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
-                before = load_results(run.path)
-                for result in before.results:
-                    tracked.log_sample(result, before.metadata)
-            else:
-                run_strategy(run, settings, inputs, greedy, display, tracked.log_sample)
-            stored = load_results(run.path)
+    with tracing(options.trace, display) as trace:
+        settings = replace(settings, trace=trace)
+        for run in runs:
+            with tracker.run(run.metadata, tracking_folder(output_dir)) as tracked:
+                results = _run_tracked(run, settings, inputs, greedy, display, tracked)
             if run.strategy == "greedy":
-                greedy = stored.results
-            tracked.log_end(stored.results, stored.metadata, greedy, inputs.decode)
+                greedy = results
     _show_results(runs, greedy, settings, inputs, display)
+
+
+def _run_tracked(
+    run: Run,
+    settings: Settings,
+    inputs: Inputs,
+    greedy: Sequence[Result],
+    display: Display,
+    tracked: RunTracker,
+) -> Sequence[Result]:
+    """What a strategy wrote, now or before; either is logged."""
+    if run.plan is OutputPlan.SKIP:
+        display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
+        before = load_results(run.path)
+        for result in before.results:
+            tracked.log_sample(result, before.metadata)
+    else:
+        run_strategy(run, settings, inputs, greedy, display, tracked.log_sample)
+    stored = load_results(run.path)
+    tracked.log_end(stored.results, stored.metadata, greedy, inputs.decode)
+    return stored.results
 
 
 def _dry_run(settings: Settings, display: Display) -> int:

@@ -3,7 +3,8 @@
     PipeSpecError                 1
     |- UsageError                 2   a flag, file or value the user can change
     |  |- ConfigError             2   a models config
-    |  |- DataError               2   a data set or a prompt
+    |  |- DataError               2   a data set, a prompt or a result file
+    |  |  `- NothingLeftError     1   of several files, none could be used
     |  `- ModelLoadError          2   weights, tokenizer or device that is missing or does not fit
     |- StageError                 1   a stage process failed, died or did not answer in time
     `- ProtocolError              1   a message that does not follow the wire protocol
@@ -33,6 +34,12 @@ class ConfigError(UsageError):
 
 class DataError(UsageError):
     """A data set that is missing, empty or of an unknown shape, or a prompt that is too long."""
+
+
+class NothingLeftError(DataError):
+    """Files were passed over one by one, each with its reason, until none was left."""
+
+    exit_code = 1
 
 
 class ModelLoadError(UsageError):

@@ -29,8 +29,17 @@ from pipespec.interrupts import hold_interrupts
 from pipespec.messages import Abort, Finish, Message, Shutdown, Submit
 from pipespec.placement import StagePlacement
 from pipespec.stage_process import StageProcess, StageStatus
+from pipespec.trace import StageTrace
+from pipespec.trace.events import read_events
 from pipespec.transport import Keys, ZmqTransport
-from pipespec.worker_spec import RunSpec, StageSpec, endpoint_in, make_run_dir, write_spec
+from pipespec.worker_spec import (
+    RunSpec,
+    StageSpec,
+    endpoint_in,
+    make_run_dir,
+    trace_path,
+    write_spec,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +67,7 @@ class Pipeline:
         ready_timeout_s: for all models to load.
         on_progress: called many times a second until all stages are ready.
         keep_run_dir: after a failure, leave the logs where they are (a warning says where).
+        trace: all stages note what they do; `traces` has it once the pipeline is closed.
         command: what starts a worker; `--stage I --run-dir DIR` is appended.
     """
 
@@ -77,6 +87,7 @@ class Pipeline:
         ready_timeout_s: float = 600.0,
         on_progress: OnProgress | None = None,
         keep_run_dir: bool = False,
+        trace: bool = False,
         command: Sequence[str] = WORKER,
     ) -> None:
         if transport not in TRANSPORTS:
@@ -92,6 +103,7 @@ class Pipeline:
             tokenizer_digest=tokenizer_digest,
             num_slots=num_slots,
             ready_timeout_s=ready_timeout_s,
+            trace=trace,
             stages=tuple(
                 StageSpec(model, placement, _text(folder), _text(tokenizer_folder))
                 for model, placement, folder, tokenizer_folder in zip(
@@ -102,6 +114,7 @@ class Pipeline:
         self._on_progress = on_progress
         self._keep_run_dir = keep_run_dir
         self._command = tuple(command)
+        self.traces: tuple[StageTrace, ...] = ()
 
         self._stages: tuple[StageProcess, ...] = ()
         self._run_dir: Path | None = None
@@ -311,6 +324,11 @@ class Pipeline:
         if self._transport is not None:
             self._transport.close()
         run_dir, self._run_dir = self._run_dir, None
+        if run_dir is not None and self._spec.trace:
+            self.traces = tuple(
+                read_events(trace_path(run_dir, stage.index), stage.spec.model.name)
+                for stage in self._stages
+            )
         if run_dir is not None and self._keep_run_dir and self._failure is not None:
             log.warning("the logs of the failed run are in %s", run_dir)
         elif run_dir is not None:

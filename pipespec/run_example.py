@@ -19,6 +19,7 @@ from pipespec.commands.arguments import (
     add_engine_arguments,
     add_generation_arguments,
     add_input_arguments,
+    add_trace_argument,
 )
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, library_errors, run_command
@@ -30,6 +31,7 @@ from pipespec.commands.settings import (
     open_models,
     read_settings,
 )
+from pipespec.commands.tracing import noted, tracing
 from pipespec.config import STRATEGIES
 from pipespec.data import Sample
 from pipespec.decoding import Generation, Hierarchy
@@ -77,6 +79,7 @@ def make_parser() -> Parser:
     )
     add_generation_arguments(parser)
     add_engine_arguments(parser, DEFAULT_READY_TIMEOUT_S)
+    add_trace_argument(parser)
     return parser
 
 
@@ -93,6 +96,8 @@ def _run_example(options: Namespace) -> int:
     (strategy,) = settings.strategies
     with contextlib.ExitStack() as models:
         models.enter_context(library_errors(strategy))
+        trace = models.enter_context(tracing(options.trace, display))
+        settings = replace(settings, trace=trace)
         with display.loading(strategy, settings.models) as on_progress:
             decoder = open_decoder(strategy, hierarchy, settings, on_progress)
             models.callback(decoder.close)
@@ -103,7 +108,8 @@ def _run_example(options: Namespace) -> int:
             listeners = {"on_text": view.on_text, "on_tokens": view.on_tokens}
             _write(f"{view.legend}\n\n")
         console.print(prompt.text, style="dim", end="", markup=False, soft_wrap=True)
-        output = decoder.generate(prompt.ids, settings.generation, **listeners)
+        with noted(trace, f"sample {prompt.index}"):
+            output = decoder.generate(prompt.ids, settings.generation, **listeners)
         _write("\n")
     display.line("")
     display.line(describe(strategy, output))

@@ -18,6 +18,7 @@ from pipespec.policy import make_policy
 from pipespec.runners.base import ModelRunner
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
+from pipespec.trace import TracedState, TracedTransport, Tracer
 from pipespec.transport import Transport
 
 DUTIES_S: Final = 1.0
@@ -28,7 +29,7 @@ class StageLoop:
     """Runs one stage until a `Shutdown` arrives.
 
     num_slots: requests that the runner can hold at a time. The transport's neighbours are processes
-    of the incarnations given (all 1 when a pipeline starts).
+    of the incarnations given (all 1 when a pipeline starts). tracer: is told what happens.
     """
 
     def __init__(
@@ -43,13 +44,26 @@ class StageLoop:
         decode: Decode | None = None,
         num_slots: int = 1,
         clock: Callable[[], float] = time.perf_counter,
+        tracer: Tracer | None = None,
     ) -> None:
         info = runner.info
         role = Role.of(schedule, index, num_stages, info.context_length, info.num_tail_rows)
         policy = make_policy(schedule, is_first=role.is_first, is_last=role.is_last)
-        self.state = StageState(role, policy, incarnations, decode=decode, max_active=num_slots)
+        self.state: StageState
+        self._transport: Transport
+        if tracer is None:
+            self.state = StageState(role, policy, incarnations, decode=decode, max_active=num_slots)
+            self._transport = transport
+        else:
+            self.state = TracedState(
+                *(role, policy, incarnations),
+                decode=decode,
+                max_active=num_slots,
+                tracer=tracer,
+                clock=clock,
+            )
+            self._transport = TracedTransport(transport, tracer, clock)
         self._slots = SlotTable(runner, num_slots)
-        self._transport = transport
         self._incarnation = incarnations[index]
         self._clock = clock
         self._stopped = False

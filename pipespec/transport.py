@@ -47,8 +47,10 @@ K = TypeVar("K", bound=Hashable)
 class Transport(Protocol):
     """What a stage needs to exchange frames with its neighbours and its launcher."""
 
-    num_malformed: int
-    """Frames that were not of the protocol: dropped, counted, logged once per kind of error."""
+    @property
+    def num_malformed(self) -> int:
+        """Frames that were not of the protocol: dropped, counted, logged once per kind of error."""
+        ...
 
     def send(self, link: Link, frame: Frame) -> bool:
         """Queues the frame. Never blocks; False means the link is full and took nothing."""

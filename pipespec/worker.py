@@ -39,9 +39,11 @@ from pipespec.messages import (
     Shutdown,
 )
 from pipespec.runners.base import ModelRunner
+from pipespec.runners.ranges import with_ranges
 from pipespec.runners.warm_up import warm_up
+from pipespec.trace import Tracer
 from pipespec.transport import ZmqTransport
-from pipespec.worker_spec import RunSpec, StageSpec, endpoint_in, read_spec
+from pipespec.worker_spec import RunSpec, StageSpec, endpoint_in, read_spec, trace_path
 
 if TYPE_CHECKING:
     from pipespec.tokenizer import TextTokenizer
@@ -62,6 +64,10 @@ class StageSession:
         self._sequence = itertools.count()
         self._endpoint = ""
         self.phase = "starting"
+
+    def open_tracer(self) -> Tracer | None:
+        """What the stage notes its events with, if it shall."""
+        return Tracer(trace_path(self._run_dir, self.index)) if self.spec.trace else None
 
     @property
     def stage(self) -> StageSpec:
@@ -176,24 +182,28 @@ def serve_model(session: StageSession, load: LoadRunner = load_stage_runner) -> 
     session.enter("loading")
     tokenizer = load_stage_tokenizer(session.stage)
     session.say_hello(tokenizer.digest)
-    runner = load(session)
+    runner, tracer = load(session), session.open_tracer()
     try:
         session.enter("warming up")
         warm_up(runner, spec.schedule.run_ahead + 1)
         if not session.await_neighbours():
             return
         session.report(Ready(time.monotonic() - started_at, describe(runner)))
+        num_stages = len(spec.stages)
         StageLoop(
             index=session.index,
-            num_stages=len(spec.stages),
+            num_stages=num_stages,
             incarnations=[each.incarnation for each in spec.stages],
             schedule=spec.schedule,
-            runner=runner,
+            runner=with_ranges(runner, session.index, num_stages) if spec.trace else runner,
             transport=session.transport,
             decode=tokenizer.decode,
             num_slots=spec.num_slots,
+            tracer=tracer,
         ).run()
     finally:
+        if tracer is not None:
+            tracer.flush()
         runner.close()
 
 

@@ -50,7 +50,8 @@ class RunSpec:
 
     transport: "ipc" or "tcp". keys: of the tcp links. tokenizer_digest: of the tokenizer that all
     stages share, as the launcher knows it; "" is not compared. num_slots: requests that a stage
-    holds at once. ready_timeout_s: how long the launcher waits for all stages to load.
+    holds at once. ready_timeout_s: how long the launcher waits for all stages to load. trace:
+    stages note what they do, in files beside this one.
     """
 
     launcher_pid: int
@@ -63,6 +64,7 @@ class RunSpec:
     num_slots: int
     ready_timeout_s: float
     stages: tuple[StageSpec, ...]
+    trace: bool = False
 
     @property
     def digest(self) -> str:
@@ -89,6 +91,11 @@ def make_run_dir() -> Path:
 def endpoint_in(run_dir: Path, transport: str, name: str) -> str:
     """Where to listen: a socket called `name` in the run directory, or any free loopback port."""
     return "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{run_dir}/{name}"
+
+
+def trace_path(run_dir: Path, stage: int) -> Path:
+    """Where a stage puts its events."""
+    return run_dir / f"stage-{stage}.trace"
 
 
 def write_spec(run_dir: Path, spec: RunSpec) -> None:

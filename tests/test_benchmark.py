@@ -15,7 +15,7 @@ import psutil
 import pytest
 from emulated import write_emulated, write_prompts
 
-from pipespec import benchmark
+from pipespec import benchmark, print_benchmark_stats
 from pipespec.results import load_results
 
 PROMPTS = ("def mean(values):", "class Stack:", "import os\n")
@@ -80,6 +80,26 @@ def test_one_table_compares_all_strategies_and_says_where_the_files_are(finished
     for strategy in STRATEGIES:
         assert finished.file(strategy).is_file()
         assert str(finished.file(strategy)) in finished.printed
+
+
+def test_the_statistics_of_its_files_are_what_it_printed(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One definition of every number, for the run at hand and for reading it later."""
+    printed = {words[0]: words for line in finished.printed.splitlines() if (words := line.split())}
+    capsys.readouterr()
+    assert print_benchmark_stats.main([str(finished.folder), "--format", "json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    assert [row["strategy"] for row in table["rows"]] == list(STRATEGIES)
+    for row in table["rows"]:
+        rates = [f"{rate:.3f}" for rate in row["acceptance_rate"]]
+        blocks = [f"{tokens:.2f}" for tokens in row["block_efficiency"]]
+        speeds = [f"{row['tokens_per_s']:,.1f}", f"{row['ms_per_token']:.2f}"]
+        words = printed[row["strategy"]]
+        assert words[1:3] == speeds
+        assert words[5:-1] == [
+            f"{row['speed_up_same_prompts']:.2f}x", *(rates or ["-"]), *(blocks or ["-"]),
+        ]  # fmt: skip
 
 
 def test_what_is_no_terminal_gets_plain_lines(finished: Finished) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from emulated import write_emulated, write_prompts
 
 from pipespec.results import load_results
+from pipespec.trace.check import check_trace
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 
@@ -81,6 +82,34 @@ def test_reproduce_paper_ends_with_a_run_that_fails(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "nowhere.jsonl" in run.stderr
     assert run.stdout == ""
+
+
+def test_nsys_explains_itself_and_says_what_is_missing() -> None:
+    run = run_script("nsys.sh", "--help")
+    assert run.returncode == 0, run.stderr
+    assert "Usage: launch/nsys.sh [MODELS_CONFIG] [FLAG...]" in run.stdout
+    without = run_script("nsys.sh", NSYS="no-such-nsys")
+    assert without.returncode == 2
+    assert without.stderr == (
+        "error: there is no no-such-nsys; install NVIDIA Nsight Systems, or name it with "
+        "NSYS=PATH\n"
+    )
+
+
+def test_nsys_profiles_a_traced_benchmark(tmp_path: Path) -> None:
+    """With an `nsys` that notes its options and runs its command here."""
+    nsys, report = tmp_path / "nsys", tmp_path / "report"
+    nsys.write_text(
+        '#!/bin/bash\nwhile [[ $1 == profile || $1 == -* ]]; do echo "$1"; shift; done\nexec "$@"\n'
+    )
+    nsys.chmod(0o755)
+    config, data = write_emulated(tmp_path), write_prompts(tmp_path, ["one"])
+    flags = ["--dataset", data, "--max-new-tokens", "5", "--output-dir", str(tmp_path / "out")]
+    run = run_script("nsys.sh", config, *flags, NSYS=str(nsys), REPORT=str(report))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("profile\n--trace=cuda,nvtx,osrt\n")
+    assert f"--output={report}\n" in run.stdout
+    assert check_trace(tmp_path / "report.trace.json") == []
 
 
 def test_the_slurm_job_runs_the_benchmark_as_a_job_step(tmp_path: Path) -> None:

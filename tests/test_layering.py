@@ -21,18 +21,18 @@ LAYERS = (
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),
     ("runners", "data", "demo"),
-    ("forwards",),
+    ("forwards", "trace"),
     ("stage",),
     ("interrupts", "worker_spec", "stage_process", "control", "launcher", "worker"),
     ("decoding",),
     ("planning", "tracking"),
     (
         *("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
-        *("comparison", "compare", "checkup", "doctor"),
+        *("comparison", "compare", "checkup", "doctor", "statistics", "print_benchmark_stats"),
     ),
 )
 # Commands that live beside what they are about; nothing may import them.
-COMMANDS = ("demo.train", "demo.evaluate", "comparison.published")
+COMMANDS = ("demo.train", "demo.evaluate", "comparison.published", "trace.__main__")
 LEVEL = {name: level for level, names in enumerate((*LAYERS, COMMANDS)) for name in names}
 
 
@@ -81,7 +81,9 @@ LIGHT = (
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
     *("pipespec.demo.train", "pipespec.demo.evaluate"),
-    *("pipespec.planning.meter", "pipespec.tracking", "pipespec.tracking.wandb_runs"),
+    *("pipespec.planning.meter", "pipespec.print_benchmark_stats"),
+    *("pipespec.trace", "pipespec.trace.__main__"),
+    *("pipespec.tracking", "pipespec.tracking.wandb_runs"),
 )
 
 

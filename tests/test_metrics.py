@@ -20,6 +20,7 @@ from pipespec.metrics import (
     StageCounts,
     energy_estimate_j,
     sample_metrics,
+    sample_totals,
     speed_up,
     summarise,
 )
@@ -103,10 +104,22 @@ def test_each_definition_gives_what_its_formula_says() -> None:
 
 
 def test_energy_is_the_mean_power_of_the_gpus_in_use_times_the_time() -> None:
-    stats = [{"gpu_powers": [100.0, 50.0, 999.0]}, {"gpu_powers": [200.0, 50.0, 999.0]}]
-    assert define.energy_from_power(stats, [0, 1], 2.0) == 400.0
-    assert define.energy_from_power([], [0], 2.0) is None
-    assert define.energy_from_power(stats, [], 2.0) is None
+    means_w = [150.0, 50.0, 999.0, None]
+    assert define.energy_from_power(means_w, [0, 1], 2.0) == 400.0
+    for gpus in ([], [3], [0, 4]):
+        assert define.energy_from_power(means_w, gpus, 2.0) is None
+
+
+def test_energy_is_estimated_from_what_was_read_of_each_gpu() -> None:
+    """A GPU that disappears meanwhile counts with what was read of it; one without a reading leaves
+    nothing to estimate from."""
+    stats = [{"gpu_powers": [100.0, 50.0, None]}, {"gpu_powers": [200.0, None, None]}, {"x": 1}]
+    results = [{**timed(0, 2.0, 10), "gpustats": stats}, {**timed(1, 1.0, 10), "gpustats": stats}]
+    assert energy_estimate_j(results, [0]) == 450.0
+    assert energy_estimate_j(results, [0, 1]) == 600.0
+    assert energy_estimate_j(results, [0, 2]) is None
+    assert energy_estimate_j([*results, timed(2, 1.0, 10)], [0]) is None
+    assert sample_totals(results[0]).gpu_powers_w == (150.0, 50.0, None)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=3, max_size=3))

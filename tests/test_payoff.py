@@ -140,6 +140,8 @@ def greedy_results(*speeds: float) -> list[dict[str, Any]]:
         {
             "sample_index": index,
             "metrics": {"tokens_generated": 64, "total_time": 64 / speed, "token_times": []},
+            "input_text": "",
+            "output_text": "",
         }
         for index, speed in enumerate(speeds)
     ]

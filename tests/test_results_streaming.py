@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -32,6 +33,10 @@ def write(path: Path, content: object, **options: Any) -> Path:
     return path
 
 
+def whole(results: list[dict[str, Any]]) -> bytes:
+    return json.dumps({"metadata": METADATA, "results": results}).encode()
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("is_first", [True, False])
@@ -41,7 +46,8 @@ def test_a_file_read_in_pieces_says_what_it_says_at_once(
     monkeypatch.setattr(streaming, "_CHUNK", chunk)
     texts = ["", 'quo"te\\', "é\n\ud800", "]}," * 5, "x" * 300]
     results = [sample(index, text) for index, text in enumerate(texts)]
-    pairs = [("metadata", METADATA), ("other", [1, {"results": []}]), ("results", results)]
+    others = [("other", [1, {"results": []}]), ("seconds", 1.5e-05), ("count", 12)]
+    pairs = [("metadata", METADATA), *others, ("results", results)]
     content = dict(pairs if is_first else reversed(pairs))
     path = write(tmp_path / "run.json", content, indent=indent)
     assert read_metadata(path) == METADATA
@@ -84,6 +90,14 @@ def test_wherever_a_file_was_cut_off_it_is_refused_by_name(tmp_path: Path) -> No
         (json.dumps({"metadata": METADATA, "results": [{}]}).encode(), "sample_index"),
         (b'{"metadata": ' + b"[" * 100_000, "metadata|nested|cut off"),
         (json.dumps({"metadata": {**METADATA, "schema_version": 99}}).encode(), "version 99"),
+        (whole([]) + b" {}", "follows its end"), (whole([])[:-1] + b",}", "expecting a key"),
+        (b'{3: "metadata"}', "expecting a key"),
+        (b'{"metadata": ' + b"9" * 9999 + b"}", "digits"),
+        (whole([sample(0), sample(1)]).replace(b"}, {", b"} {"), "expecting ','"),
+        (whole([sample(0)]).replace(b"1.5", b"NaN"), "no number .metrics.total_time., 0 or more"),
+        (whole([sample(0)]).replace(b"1.5", b"-1.5"), "0 or more"),
+        (whole([sample(0)]).replace(b": 3", b": 0"), "no tokens"),
+        (b'{"results": [], ' + whole([])[1:], '"results" twice'),
     ],
 )  # fmt: skip
 def test_other_files_are_refused_with_the_reason(
@@ -94,6 +108,51 @@ def test_other_files_are_refused_with_the_reason(
     with pytest.raises(DataError, match=reason) as caught:
         read_run(path, lambda result: result)
     assert "other.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_the_other_reader_takes_is_taken(tmp_path: Path) -> None:
+    """A byte order mark, a surrogate without a partner, a sample without a monitor's samples."""
+    bare = {key: value for key, value in sample(0).items() if key != "gpustats"}
+    text = whole([bare]).decode().replace('"text"', '"te\ud800xt"')
+    path = tmp_path / "run.json"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode(errors="surrogatepass"))
+    (result,) = read_run(path, lambda result: result).samples
+    assert result["output_text"] == "te\ud800xt"
+    assert result["gpustats"] == []
+    assert load_results(path).results == (result,)
+
+
+def test_a_list_beside_the_results_is_passed_over_item_by_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a large file of something else takes no more memory than one of ours."""
+    monkeypatch.setattr(streaming, "_CHUNK", 1000)
+    path = write(tmp_path / "run.json", {"rows": ["x" * 99] * 1000, "metadata": METADATA})
+    longest = 0
+    original = streaming._Scanner._read
+
+    def read(scanner: streaming._Scanner, count: int) -> None:
+        nonlocal longest
+        original(scanner, count)
+        longest = max(longest, len(scanner._text))
+
+    monkeypatch.setattr(streaming._Scanner, "_read", read)
+    assert read_metadata(path) == METADATA
+    assert longest < 3000
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", {})
+    (tmp_path / "link.json").symlink_to(path)
+    assert len(find_files([tmp_path, path, tmp_path / "." / "run.json"])) == 1
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is neither a file nor a folder"):
+        find_files([tmp_path / "pipe"])
+    with pytest.raises(DataError, match="too long"):
+        find_files([tmp_path / ("x" * 300)])
 
 
 def test_a_folder_is_searched_and_what_is_no_run_is_named(tmp_path: Path) -> None:

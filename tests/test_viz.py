@@ -106,7 +106,6 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "other.json").write_text("[]")
     for flags, named in (
         ([str(tmp_path / "empty")], "has no .json files"),
-        ([str(tmp_path / "other.json")], "other.json is not a result file"),
         ([str(tmp_path / "nowhere.json")], "no file or folder"),
         ([str(tmp_path), "--output", "picture.bmp"], "must end in .png"),
     ):

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+if not __package__:  # run as a file: imports start at the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.comparison.measures import Row, table_rows
@@ -20,7 +23,7 @@ from pipespec.comparison.record import Record, load
 from pipespec.comparison.tables import HEADLINES, extent, label, model_names, what_it_is
 from pipespec.errors import DataError
 from pipespec.results.labels import COLORS
-from viz.pictures import check_output, save
+from viz.utils import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

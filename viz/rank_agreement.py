@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+if not __package__:  # run as a file: imports start at the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipespec.commands.arguments import Parser
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import run_command
@@ -26,7 +29,7 @@ from pipespec.planning.search import CHAIN_LOOKAHEADS
 from pipespec.planning.system import Choice, System, emulated_system
 from pipespec.results.labels import COLORS
 from pipespec.simulate.prediction import Prediction, Workload, emulations_of
-from viz.pictures import check_output, save
+from viz.utils import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

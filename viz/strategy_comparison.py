@@ -2,9 +2,10 @@
 
     python -m viz.strategy_comparison results/stdlib --output comparison.png
 
-Reads result files of PipeSpec and of the original, and folders of them. A speed-up is taken on the
-prompts that a run shares with the greedy run of the same target on the same data set; without such
-a run it has none. What is drawn comes from the files alone; no torch.
+Reads result files of PipeSpec and of the original, and folders of them; what is none is passed
+over. A speed-up is taken on the prompts that a run shares with the greedy run of the same target on
+the same data set; without such a run it has none. What is drawn comes from the files alone; no
+torch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a file: imports start at the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
-from pipespec.errors import DataError
-from pipespec.metrics import speed_up, summarise
-from pipespec.results import RunFile, find_files, load_results
-from pipespec.results.labels import COLORS, OTHER_COLOR, comparison_key, run_label, run_order
-from viz.pictures import check_output, save
+from pipespec.metrics import SampleTotals, sample_totals, speed_up, summarise
+from pipespec.results.labels import COLORS, OTHER_COLOR, comparison_key, run_label
+from viz.utils import Run, check_output, read, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,27 +61,26 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     options = parser.parse_args(arguments)
     check_output(options.output)
-    bars = read_bars(find_files(options.paths))
+    bars = read_bars(options.paths)
     save(draw(bars), options.output)
     print(f"{len(bars)} runs: {options.output}")
     return 0
 
 
-def read_bars(files: Iterable[Path]) -> list[Bar]:
-    """One bar a file; strategies together, then by models and lookahead.
+def read_bars(paths: Iterable[Path]) -> list[Bar]:
+    """One bar a run; strategies together, then by models and lookahead.
 
     Raises:
-        DataError: a file that is no result file, or has no samples.
+        NothingLeftError: no file could be used.
+        DataError: a path does not exist.
     """
-    runs = [(path, load_results(path)) for path in files]
+    runs = read(paths, sample_totals)
     baselines = {
-        comparison_key(run.metadata): run for _, run in runs if run.metadata["strategy"] == "greedy"
+        comparison_key(run.metadata): run for run in runs if run.metadata["strategy"] == "greedy"
     }
-    num_datasets = len({run.metadata.get("dataset") for _, run in runs})
-    runs.sort(key=lambda item: run_order(item[1].metadata))
+    num_datasets = len({run.metadata.get("dataset") for run in runs})
     return [
-        _bar(path, run, baselines.get(comparison_key(run.metadata)), num_datasets > 1)
-        for path, run in runs
+        _bar(run, baselines.get(comparison_key(run.metadata)), num_datasets > 1) for run in runs
     ]
 
 
@@ -124,18 +125,15 @@ def _colors(bars: Iterable[Bar]) -> list[str]:
     return [COLORS.get(bar.strategy, OTHER_COLOR) for bar in bars]
 
 
-def _bar(path: Path, run: RunFile, baseline: RunFile | None, name_dataset: bool) -> Bar:
-    tokens_per_s = summarise(run.results).tokens_per_s
-    if tokens_per_s is None:
-        raise DataError(f"{path} has no samples that took any time; leave it out")
+def _bar(run: Run[SampleTotals], baseline: Run[SampleTotals] | None, name_dataset: bool) -> Bar:
     return Bar(
         strategy=run.metadata["strategy"],
         label=run_label(run.metadata, name_dataset=name_dataset),
-        tokens_per_s=tokens_per_s,
+        tokens_per_s=run.num_tokens / run.total_time_s,
         sample_rates=tuple(
-            rate for result in run.results if (rate := summarise([result]).tokens_per_s) is not None
+            rate for sample in run.samples if (rate := summarise([sample]).tokens_per_s) is not None
         ),
-        speed_up=None if baseline is None else speed_up(run.results, baseline.results).speed_up,
+        speed_up=None if baseline is None else speed_up(run.samples, baseline.samples).speed_up,
     )
 
 

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a file: imports start at the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipespec.commands.arguments import Parser
 from pipespec.commands.entry import run_command
 from pipespec.errors import DataError, UsageError
-from viz.pictures import check_output, save
+from viz.utils import check_output, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from pipespec.config import POLICIES, RUNNERS, GenerationParams, SamplingParams, Schedule
@@ -220,6 +221,16 @@ def add_tracking_arguments(parser: Parser) -> None:
         "--wandb-run",
         metavar="NAME",
         help="name of the run; with several strategies, of their group (default: W&B makes one)",
+    )
+
+
+def add_trace_argument(parser: Parser) -> None:
+    """Where what happens is written."""
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.json",
+        help="write what every stage did when, for ui.perfetto.dev and viz/pipeline_timeline.py",
     )
 
 

@@ -18,6 +18,7 @@ from pipespec.commands.equality import Divergence, first_divergence, with_margin
 from pipespec.commands.inputs import Inputs, Prompt
 from pipespec.commands.payoff import is_enough, payoff_metadata
 from pipespec.commands.settings import AnyDecoder, Settings, open_decoder
+from pipespec.commands.tracing import noted
 from pipespec.decoding import AsyncChainSpeculativeDecoder, Generation
 from pipespec.metrics import StageCounts, sample_metrics
 from pipespec.planning.payoff import WrittenText
@@ -234,7 +235,8 @@ class _Models:
         """What happens only once (first calls, first measurements of a policy) is not timed."""
         generation = self.settings.generation
         limit = min(WARM_UP_TOKENS, generation.max_new_tokens)
-        decoder.generate(self.inputs.prompts[0].ids, replace(generation, max_new_tokens=limit))
+        with noted(self.settings.trace, "warm-up"):
+            decoder.generate(self.inputs.prompts[0].ids, replace(generation, max_new_tokens=limit))
 
     def _write_sample(
         self, prompt: Prompt, progress: SampleProgress
@@ -242,7 +244,10 @@ class _Models:
         """One sample, as an item of `results` and as its counts."""
         assert self._decoder is not None
         started_s = perf_counter()
-        with library_errors(f"{self.run.strategy}, on sample {prompt.index},"):
+        with (
+            library_errors(f"{self.run.strategy}, on sample {prompt.index},"),
+            noted(self.settings.trace, f"sample {prompt.index}"),
+        ):
             output = self._decoder.generate(prompt.ids, self.settings.generation, progress.on_text)
         progress.on_sample(len(output.token_ids), output.total_time_s)
         counts = tuple(StageCounts.from_values(values) for values in output.counts)

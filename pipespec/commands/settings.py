@@ -11,6 +11,7 @@ from typing import Final
 
 from pipespec.checkpoint.locate import SHIPPED_PREFIX
 from pipespec.commands.arguments import HUB_MAX_NEW_TOKENS
+from pipespec.commands.tracing import TraceRecorder
 from pipespec.config import (
     STRATEGIES,
     GenerationParams,
@@ -41,7 +42,8 @@ class Settings:
     strategies: in the order in which they run. is_dataset_given: the user named the data set.
     prefill: what `--prefill` said; None where it was not given, and prompts are cut to
     `default_prefill` tokens, if that is not None, or to what the context has room for.
-    is_basic_template: write conversations without the tokenizer's chat template.
+    is_basic_template: write conversations without the tokenizer's chat template. trace: what
+    happens is noted there.
     """
 
     strategies: tuple[str, ...]
@@ -58,6 +60,7 @@ class Settings:
     prefill: int | None = None
     default_prefill: int | None = None
     is_basic_template: bool = False
+    trace: TraceRecorder | None = None
 
     def schedule_of(self, strategy: str) -> Schedule:
         """A policy says how to wait, and `chain` never does: it has the adaptive one's rule."""
@@ -131,17 +134,19 @@ def open_decoder(
     on_progress: Callable[[tuple[StageStatus, ...]], None] | None = None,
 ) -> AnyDecoder:
     """The strategy with its models loaded; a context manager."""
+    on_trace = None if settings.trace is None else settings.trace.add
     if strategy == "greedy":
-        return GreedyDecoder(hierarchy)
+        return GreedyDecoder(hierarchy, on_trace=on_trace)
     schedule = settings.schedule_of(strategy)
     if strategy == "chain":
-        return ChainSpeculativeDecoder(hierarchy, schedule)
+        return ChainSpeculativeDecoder(hierarchy, schedule, on_trace=on_trace)
     return AsyncChainSpeculativeDecoder(
         hierarchy,
         schedule,
         transport=settings.transport,
         ready_timeout_s=settings.ready_timeout_s,
         on_progress=on_progress,
+        on_trace=on_trace,
     )
 
 

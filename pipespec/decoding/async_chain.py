@@ -18,6 +18,7 @@ from pipespec.errors import StageError, UsageError
 from pipespec.launcher import WORKER, OnProgress, Pipeline
 from pipespec.messages import Output, Stats, Submit
 from pipespec.state import Journal
+from pipespec.trace import OnTrace, StrategyTrace
 
 STALL_S: Final = 1800.0  # no single forward that is worth waiting for takes longer
 WAIT_S: Final = 2.0  # more than the time between two reports of an idle stage
@@ -32,7 +33,8 @@ class AsyncChainSpeculativeDecoder:
     gives up that text only; the next one starts at once.
 
     transport, ready_timeout_s, on_progress, command: see `Pipeline`. stall_timeout_s: how long a
-    stage may compute without an answer.
+    stage may compute without an answer. on_trace: is told at the end what all stages did, also
+    after a failure; of a stage that was killed, up to the text before.
     """
 
     strategy = "async-chain"
@@ -46,6 +48,7 @@ class AsyncChainSpeculativeDecoder:
         ready_timeout_s: float = 600.0,
         stall_timeout_s: float = STALL_S,
         on_progress: OnProgress | None = None,
+        on_trace: OnTrace | None = None,
         command: Sequence[str] = WORKER,
     ) -> None:
         if len(hierarchy.models) < 2:
@@ -59,6 +62,7 @@ class AsyncChainSpeculativeDecoder:
         self._stats: dict[int, dict[str, Any]] = {}
         self._open_request: int | None = None
         self._session = Session(self)
+        self._on_trace = on_trace
         self.pipeline = Pipeline(
             hierarchy.models,
             hierarchy.placements,
@@ -71,6 +75,7 @@ class AsyncChainSpeculativeDecoder:
             transport=transport,
             ready_timeout_s=ready_timeout_s,
             on_progress=on_progress,
+            trace=on_trace is not None,
             command=command,
         )
         self.pipeline.start()
@@ -88,7 +93,12 @@ class AsyncChainSpeculativeDecoder:
         return self._session.stream(prompt, params)
 
     def close(self) -> None:
-        self.pipeline.close()
+        on_trace, self._on_trace = self._on_trace, None
+        try:
+            self.pipeline.close()
+        finally:
+            if on_trace is not None:
+                on_trace(StrategyTrace(self.strategy, self.pipeline.traces))
 
     def __enter__(self) -> Self:
         return self

@@ -22,6 +22,8 @@ from pipespec.forwards import run_step
 from pipespec.messages import LAUNCHER, Abort, Finish, Frame, Link, Message, Output, Stats, Submit
 from pipespec.policy import FIRST_MOST, make_policy
 from pipespec.state import Role, StageState, Step
+from pipespec.trace import OnTrace, StrategyTrace, TracedState, Tracer
+from pipespec.trace.state import describe, flow_of
 
 Delivery = tuple[int, Link, Frame]
 
@@ -29,12 +31,19 @@ Delivery = tuple[int, Link, Frame]
 class ChainSpeculativeDecoder:
     """Drafts `schedule.lookahead` tokens (None: as many as pay), verifies them, starts again.
 
-    On the CPU all models share the target's cores: one process does one thing at a time.
+    On the CPU all models share the target's cores: one process does one thing at a time. on_trace:
+    is told at the end what each model did.
     """
 
     strategy = "chain"
 
-    def __init__(self, hierarchy: Hierarchy, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        schedule: Schedule | None = None,
+        *,
+        on_trace: OnTrace | None = None,
+    ) -> None:
         self.hierarchy = hierarchy
         schedule = schedule or Schedule()
         if len(hierarchy.models) < 2:
@@ -44,10 +53,12 @@ class ChainSpeculativeDecoder:
         _check_lookahead(schedule)
         self._placement = hierarchy.in_process(len(hierarchy.models) - 1)
         with pinned(self._placement):
-            self._runners = load_runners(hierarchy)
+            self._runners = load_runners(hierarchy, ranges=on_trace is not None)
         self._inbox: deque[Delivery] = deque()
         self._stats: dict[int, dict[str, Any]] = {}
         self._session = Session(self)
+        self._on_trace = on_trace
+        self._tracers = [Tracer() for _ in hierarchy.models] if on_trace is not None else []
         self.use(schedule)
 
     def use(self, schedule: Schedule) -> None:
@@ -61,15 +72,19 @@ class ChainSpeculativeDecoder:
         self.schedule = schedule
         num_stages = len(self._runners)
         ahead = schedule.lookahead or min(schedule.run_ahead, FIRST_MOST)
-        self._states = [
-            StageState(
-                Role(i, num_stages, ahead, ahead, context_length=runner.info.context_length),
-                make_policy(schedule, is_first=i == 0, overlaps=False),
-                [1] * num_stages,
-                decode=self.hierarchy.tokenizer.decode,
-            )
+        roles = [
+            Role(i, num_stages, ahead, ahead, context_length=runner.info.context_length)
             for i, runner in enumerate(self._runners)
         ]
+        self._states = [self._state(role, schedule) for role in roles]
+
+    def _state(self, role: Role, schedule: Schedule) -> StageState:
+        policy = make_policy(schedule, is_first=role.is_first, overlaps=False)
+        incarnations, decode = [1] * role.num_stages, self.hierarchy.tokenizer.decode
+        if self._tracers:
+            tracer = self._tracers[role.index]
+            return TracedState(role, policy, incarnations, decode=decode, tracer=tracer)
+        return StageState(role, policy, incarnations, decode=decode)
 
     def generate(
         self,
@@ -85,6 +100,11 @@ class ChainSpeculativeDecoder:
 
     def close(self) -> None:
         close_all(self._runners)
+        on_trace, self._on_trace = self._on_trace, None
+        if on_trace is not None:
+            pairs = zip(self._tracers, self.hierarchy.models)
+            stages = tuple(tracer.trace(model.name) for tracer, model in pairs)
+            on_trace(StrategyTrace(self.strategy, stages))
 
     def __enter__(self) -> Self:
         return self
@@ -156,6 +176,10 @@ class ChainSpeculativeDecoder:
                 self._inbox.append((index + 1, Link.UP, frame))
             else:
                 self._inbox.append((index, Link.LAUNCHER, frame))
+            if self._tracers:
+                name, now_s = f"send {type(frame.message).__name__}", time.perf_counter()
+                flow, args = flow_of(frame), describe(frame)
+                self._tracers[index].add(name, now_s, time.perf_counter(), flow, **args)
 
     def _tell_target(self, message: Message) -> None:
         last = len(self._states) - 1

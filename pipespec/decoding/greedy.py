@@ -14,6 +14,7 @@ from pipespec.messages import Submit
 from pipespec.runners.base import Row
 from pipespec.state import FinishChecker, Step
 from pipespec.state.counts import Counts
+from pipespec.trace import OnTrace, StrategyTrace, Tracer
 
 DEFAULTS = GenerationParams()
 
@@ -22,18 +23,20 @@ class GreedyDecoder:
     """Decodes with the last model of the hierarchy, in this process.
 
     The name is the original's; it samples as well when the parameters say so, and is the reference
-    for what every other strategy must write.
+    for what every other strategy must write. on_trace: is told at the end what the target did.
     """
 
     strategy = "greedy"
 
-    def __init__(self, hierarchy: Hierarchy) -> None:
+    def __init__(self, hierarchy: Hierarchy, *, on_trace: OnTrace | None = None) -> None:
         self.hierarchy = hierarchy.target_only
         self._placement = self.hierarchy.in_process(0)
         with pinned(self._placement):
-            self._runners = load_runners(self.hierarchy)
+            self._runners = load_runners(self.hierarchy, ranges=on_trace is not None)
         self._counts = Counts()
         self._session = Session(self)
+        self._on_trace = on_trace
+        self._tracer = Tracer() if on_trace is not None else None
 
     def generate(
         self,
@@ -49,6 +52,10 @@ class GreedyDecoder:
 
     def close(self) -> None:
         close_all(self._runners)
+        on_trace, self._on_trace = self._on_trace, None
+        if on_trace is not None and self._tracer is not None:
+            stages = (self._tracer.trace(self.hierarchy.models[0].name),)
+            on_trace(StrategyTrace(self.strategy, stages))
 
     def __enter__(self) -> Self:
         return self
@@ -68,11 +75,25 @@ class GreedyDecoder:
                     end_s = time.perf_counter()
                     step = Step(submit.request, position, ids, 0, is_prefill=position == 0)
                     self._counts.log_step([step], 0, 1, start_s, end_s)
+                    if self._tracer is not None:
+                        self._note(step, start_s, end_s)
                     reason = check(token)
                     yield Batch((token,), reason)
                     position, ids = position + len(ids), (token,)
         finally:
             runner.release(0)
+
+    def _note(self, step: Step, start_s: float, end_s: float) -> None:
+        assert self._tracer is not None
+        self._tracer.add(
+            "prefill" if step.is_prefill else "decode",
+            start_s,
+            end_s,
+            request=step.request,
+            position=step.end,
+            fed=len(step.ids),
+            emitted=1,
+        )
 
     def last_counts(self) -> list[dict[str, Any]]:
         return [self._counts.to_values()]

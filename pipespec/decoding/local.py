@@ -13,6 +13,7 @@ from pipespec.decoding.hierarchy import Hierarchy
 from pipespec.placement import StagePlacement
 from pipespec.runners.base import ModelRunner
 from pipespec.runners.factory import load_runner
+from pipespec.runners.ranges import with_ranges
 from pipespec.runners.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,9 @@ log = logging.getLogger(__name__)
 _WARM_UP_LENGTH: Final = 8
 
 
-def load_runners(hierarchy: Hierarchy) -> list[ModelRunner]:
-    """Loads every model of the hierarchy here; on an error, none stays loaded."""
+def load_runners(hierarchy: Hierarchy, *, ranges: bool = False) -> list[ModelRunner]:
+    """Loads every model of the hierarchy here; on an error, none stays loaded. ranges: with NVTX
+    ranges around the forwards of those on GPUs."""
     runners: list[ModelRunner] = []
     try:
         for index, model in enumerate(hierarchy.models):
@@ -38,7 +40,9 @@ def load_runners(hierarchy: Hierarchy) -> list[ModelRunner]:
     except BaseException:
         close_all(runners)
         raise
-    return runners
+    if not ranges:
+        return runners
+    return [with_ranges(runner, index, len(runners)) for index, runner in enumerate(runners)]
 
 
 def close_all(runners: list[ModelRunner]) -> None:

@@ -10,7 +10,6 @@ define them; projects disagree on whether the bonus token counts, so each docstr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
@@ -91,13 +90,34 @@ def energy_per_token(energy_j: float, num_tokens: int) -> float | None:
 
 
 def energy_from_power(
-    gpustats: Sequence[Mapping[str, Any]], gpus: Sequence[int], total_time_s: float
+    mean_powers_w: Sequence[float | None], gpus: Sequence[int], total_time_s: float
 ) -> float | None:
     """Joules, estimated as mean sampled power of `gpus` times the total time.
 
     For results without an energy counter; power is sampled too coarsely to integrate the short
-    peaks. None without samples of those GPUs.
+    peaks. None without samples of one of those GPUs, which are indexes into `mean_powers_w`.
     """
-    powers_w = [sum(sample["gpu_powers"][gpu] for gpu in gpus) for sample in gpustats]
-    mean_w = ratio(sum(powers_w), len(powers_w))
-    return None if mean_w is None or not gpus else mean_w * total_time_s
+    powers_w = [mean_powers_w[gpu] if gpu < len(mean_powers_w) else None for gpu in gpus]
+    known_w = [power_w for power_w in powers_w if power_w is not None]
+    return sum(known_w) * total_time_s if gpus and len(known_w) == len(gpus) else None
+
+
+def part_means(counts: Mapping[int, int], num_parts: int) -> tuple[float | None, ...]:
+    """Values in rising order, cut into parts of equal length, and the mean of each part.
+
+    counts: how often each value stands there. The last part is shorter where the number of values
+    is no multiple, and None where nothing is left for it.
+    """
+    left = sorted((value, count) for value, count in counts.items() if count)
+    size = -(-sum(count for _, count in left) // num_parts)
+    means: list[float | None] = []
+    for _ in range(num_parts):
+        total = taken = 0
+        while left and taken < size:
+            value, count = left.pop(0)
+            used = min(count, size - taken)
+            total, taken = total + used * value, taken + used
+            if used < count:
+                left.insert(0, (value, count - used))
+        means.append(ratio(total, taken))
+    return tuple(means)

@@ -1,19 +1,20 @@
 """A run as a whole: sums over its samples, and its speed-up over greedy.
 
-Reads the `results` of a result file, PipeSpec's own or the original's, as plain dictionaries; what
-the original did not record is None. Every rate is a sum over a sum, so a long sample weighs more
-than a short one.
+Reads the `results` of a result file, or what `totals.sample_totals` has kept of them. Every rate is
+a sum over a sum, so a long sample weighs more than a short one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from pipespec.metrics import definitions
+from pipespec.metrics.totals import PairTotals, Result, SampleTotals, sample_totals
 
-Result = Mapping[str, Any]  # one item of a result file's `results`
+T = TypeVar("T")
+Sample = Result | SampleTotals
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +61,24 @@ class Comparison:
         return self.num_matched - len(self.differing)
 
 
-def summarise(results: Sequence[Result]) -> Summary:
+def summarise(samples: Iterable[Sample]) -> Summary:
     """Sums over samples. Works on an empty run: every rate is None then."""
-    metrics = [result["metrics"] for result in results]
-    num_tokens = sum(sample["tokens_generated"] for sample in metrics)
-    total_time_s = float(sum(sample["total_time"] for sample in metrics))
-    num_forwards = _total(metrics, _num_target_forwards)
-    target_s = _total(metrics, lambda sample: sample["forward_times_s"][-1])
-    first_token_s = _total(metrics, lambda sample: sample["time_to_first_token_s"])
-    energy_j = _total(metrics, lambda sample: sample["energy_j"])
-    num_pairs = len(metrics[0].get("accepted_tokens", ())) if metrics else 0
-    pairs = [_pair_rates(metrics, pair) for pair in range(num_pairs)]
+    totals = _totals(samples)
+    num_tokens = sum(sample.num_tokens for sample in totals)
+    total_time_s = float(sum(sample.total_time_s for sample in totals))
+    num_forwards = _total(totals, lambda sample: sample.num_target_forwards)
+    target_s = _total(totals, lambda sample: sample.target_forward_s)
+    first_token_s = _total(totals, lambda sample: sample.time_to_first_token_s)
+    energy_j = _total(totals, lambda sample: sample.energy_j)
+    num_pairs = min((len(sample.pairs) for sample in totals), default=0)
+    pairs = [_pair_rates([sample.pairs[pair] for sample in totals]) for pair in range(num_pairs)]
     return Summary(
-        num_samples=len(results),
+        num_samples=len(totals),
         num_tokens=num_tokens,
         total_time_s=total_time_s,
         time_per_token_s=definitions.time_per_token(total_time_s, num_tokens),
         tokens_per_s=definitions.tokens_per_second(total_time_s, num_tokens),
-        time_to_first_token_s=_apply(definitions.ratio, first_token_s, len(metrics)),
+        time_to_first_token_s=_apply(definitions.ratio, first_token_s, len(totals)),
         num_target_forwards=None if num_forwards is None else int(num_forwards),
         efficiency_gain=_apply(definitions.efficiency_gain, num_tokens, num_forwards),
         overhead=_apply(definitions.overhead, total_time_s, target_s),
@@ -90,70 +91,55 @@ def summarise(results: Sequence[Result]) -> Summary:
     )
 
 
-def speed_up(run: Sequence[Result], greedy: Sequence[Result]) -> Comparison:
+def speed_up(run: Iterable[Sample], greedy: Iterable[Sample]) -> Comparison:
     """`run` against `greedy` on the same prompts only: same sample index and same input text.
 
     Runs of different length are common (the published 2.54x of PipeSpec divides the mean over ten
     greedy samples by the mean over twenty); matching makes the quotient mean what it says.
     """
-    baseline = {_prompt(result): result for result in greedy}
-    matched = [(result, baseline[_prompt(result)]) for result in run if _prompt(result) in baseline]
-    differing = tuple(
-        ours["sample_index"]
-        for ours, theirs in matched
-        if ours["output_text"] != theirs["output_text"]
-    )
-    ours_s = summarise([result for result, _ in matched]).time_per_token_s
-    greedy_s = summarise([result for _, result in matched]).time_per_token_s
+    baseline = {(sample.sample_index, sample.prompt): sample for sample in _totals(greedy)}
+    matched = [
+        (sample, theirs)
+        for sample in _totals(run)
+        if (theirs := baseline.get((sample.sample_index, sample.prompt))) is not None
+    ]
+    differing = tuple(ours.sample_index for ours, theirs in matched if ours.text != theirs.text)
+    ours_s = summarise([sample for sample, _ in matched]).time_per_token_s
+    greedy_s = summarise([sample for _, sample in matched]).time_per_token_s
     if ours_s is None or greedy_s is None:
         return Comparison(None, len(matched), differing)
     return Comparison(definitions.speed_up_ratio(greedy_s, ours_s), len(matched), differing)
 
 
-def energy_estimate_j(results: Iterable[Result], gpus: Sequence[int]) -> float | None:
+def energy_estimate_j(samples: Iterable[Sample], gpus: Sequence[int]) -> float | None:
     """Joules of a run from power samples, summed over `gpus` (indexes into `gpu_powers`).
 
     For files without an energy counter, the original's above all; None if a sample has no stats.
     """
-    total_j = 0.0
-    for result in results:
-        total_time_s = result["metrics"]["total_time"]
-        energy_j = definitions.energy_from_power(result["gpustats"], gpus, total_time_s)
-        if energy_j is None:
-            return None
-        total_j += energy_j
-    return total_j
+    return _total(
+        _totals(samples),
+        lambda sample: definitions.energy_from_power(
+            sample.gpu_powers_w, gpus, sample.total_time_s
+        ),
+    )
 
 
-def _prompt(result: Result) -> tuple[int, str]:
-    return result["sample_index"], result["input_text"]
+def _totals(samples: Iterable[Sample]) -> list[SampleTotals]:
+    return [
+        sample if isinstance(sample, SampleTotals) else sample_totals(sample) for sample in samples
+    ]
 
 
-def _total(metrics: Sequence[Result], value: Callable[[Result], float | None]) -> float | None:
-    """Sum of `value` over samples; None if there are none or one of them does not have it."""
-    total = 0.0
-    for sample in metrics:
-        try:
-            term = value(sample)
-        except KeyError:
-            return None
-        if term is None:
-            return None
-        total += term
-    return total if metrics else None
+def _total(parts: Sequence[T], value: Callable[[T], float | None]) -> float | None:
+    """Sum of `value` over parts; None if there are none or one of them does not have it."""
+    terms = [value(part) for part in parts]
+    known = [term for term in terms if term is not None]
+    return float(sum(known)) if known and len(known) == len(terms) else None
 
 
 def _apply(definition: Callable[..., float | None], *totals: float | None) -> float | None:
     """`definition` of the totals; None if one of them was not recorded."""
     return None if None in totals else definition(*totals)
-
-
-def _num_target_forwards(sample: Result) -> int:
-    """Prefill included. The original logged the forwards after it only."""
-    if "num_target_forwards" in sample:
-        return int(sample["num_target_forwards"])
-    decode_times = sample["model_times"][-1] if "model_times" in sample else sample["token_times"]
-    return 1 + len(decode_times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,23 +151,25 @@ class _PairRates:
     outcome_hit_rate: float | None
 
 
-def _pair_rates(metrics: Sequence[Result], pair: int) -> _PairRates:
-    """Rates of one pair of stages. `accepted_tokens` counts the bonus or correction token, in
-    both schemas; a step of ours that a verdict overtook has 0 there."""
-
-    def total(name: str) -> float | None:
-        return _total(metrics, lambda sample: sample[name][pair])
-
-    emitted = [count for sample in metrics for count in sample["accepted_tokens"][pair]]
-    num_emitted, num_verifications = sum(emitted), sum(count > 0 for count in emitted)
-    num_accepted = total("num_accepted")
-    if num_accepted is None:  # the original: a verification emitted one token more than matched
-        num_accepted = num_emitted - num_verifications
-    wasted = (total("num_rolled_back"), total("num_past_end"))
+def _pair_rates(samples: Sequence[PairTotals]) -> _PairRates:
+    """Rates of one pair of stages over all samples."""
+    num_emitted = sum(pair.num_emitted for pair in samples)
+    num_verifications = sum(pair.num_verifications for pair in samples)
+    num_accepted = sum(pair.num_accepted for pair in samples)
+    wasted = (
+        _total(samples, lambda pair: pair.num_rolled_back),
+        _total(samples, lambda pair: pair.num_past_end),
+        _total(samples, lambda pair: pair.num_drafted),
+    )
+    hits = (
+        _total(samples, lambda pair: pair.num_outcome_hits),
+        _total(samples, lambda pair: pair.num_corrections),
+    )
+    num_offered = _total(samples, lambda pair: pair.num_offered)
     return _PairRates(
-        _apply(definitions.acceptance_rate, num_accepted, total("num_offered")),
+        _apply(definitions.acceptance_rate, num_accepted, num_offered),
         _apply(definitions.mean_accepted_length, num_accepted, num_verifications),
         _apply(definitions.block_efficiency, num_emitted, num_verifications),
-        _apply(definitions.token_wastage, *wasted, total("num_drafted")),
-        _apply(definitions.outcome_hit_rate, total("num_outcome_hits"), total("num_corrections")),
+        _apply(definitions.token_wastage, *wasted),
+        _apply(definitions.outcome_hit_rate, *hits),
     )

@@ -7,6 +7,7 @@ a file that is something else is refused in one line that names it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ def load_results(path: Path) -> RunFile:
         problem = result_problem(result)
         if problem:
             raise DataError(f"{path} is not a result file: results[{position}] {problem}")
+        result.setdefault("gpustats", [])
     return RunFile(metadata, tuple(sorted(results, key=lambda result: result["sample_index"])))
 
 
@@ -101,14 +103,16 @@ def result_problem(result: object) -> str | None:
     for key in ("strategy", "output_text", "input_text"):
         if not isinstance(result.get(key), str):
             return f'has no text "{key}"'
-    if not isinstance(result.get("gpustats"), list | tuple):
-        return 'has no list "gpustats"'
+    if not isinstance(result.get("gpustats", []), list | tuple):  # early files have none
+        return 'has "gpustats" that are no list'
     metrics = result.get("metrics")
     if not isinstance(metrics, Mapping):
         return 'has no object "metrics"'
     for key in ("total_time", "tokens_generated"):
-        if type(metrics.get(key)) not in (int, float):
-            return f'has no number "metrics.{key}"'
+        value: Any = metrics.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            return f'has no number "metrics.{key}", 0 or more'
     if "token_times" not in metrics and not (
         "model_times" in metrics and "accepted_tokens" in metrics
     ):

@@ -14,10 +14,13 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from pipespec.errors import DataError
+from pipespec.errors import DataError, NothingLeftError
 from pipespec.results.reading import check_metadata, result_problem
 
 T = TypeVar("T")
+
+# What code raises that is given a value of another kind than it expects.
+MISFITS: Final = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 _CHUNK: Final = 1 << 20  # characters
 _NEAR_END: Final = 16  # an error so near the end of what was read may be no more than that end
@@ -37,27 +40,33 @@ def read_runs(
     paths: Iterable[Path],
     keep: Callable[[Mapping[str, Any]], T],
     on_skip: Callable[[str], None],
+    on_file: Callable[[Path], None] = lambda _: None,
 ) -> list[RunExtract[T]]:
     """The runs in files and folders; files that cannot be used are passed over.
 
     Args:
         paths: result files of PipeSpec or of the original, or folders, which are searched.
-        keep: what of an item of `results` is kept. A KeyError, TypeError, ValueError or IndexError
-            says that it lacks what is needed; its file is passed over then.
+        keep: what of an item of `results` is kept. One of `MISFITS` says that it lacks what is
+            needed; its file is passed over then.
         on_skip: is told in one line which file is passed over, and why.
+        on_file: is told of each file before it is read.
 
     Raises:
-        DataError: nothing was left, or a path does not exist.
+        NothingLeftError: no file could be used.
+        DataError: a path does not exist.
     """
     runs: list[RunExtract[T]] = []
     files = find_files(paths)
     for path in files:
+        on_file(path)
         try:
             runs.append(read_run(path, keep))
         except DataError as error:
             on_skip(f"passed over: {error}")
     if not runs:
-        raise DataError(f"none of {len(files)} files could be used; pass a folder of result files")
+        raise NothingLeftError(
+            f"none of {len(files)} files could be used; pass a folder of result files"
+        )
     return runs
 
 
@@ -65,44 +74,66 @@ def read_run(path: Path, keep: Callable[[Mapping[str, Any]], T]) -> RunExtract[T
     """One file, as `read_runs`.
 
     Raises:
-        DataError: it is not a result file, was cut off, has no samples, or `keep` refused one.
+        DataError: it is not a result file, was cut off, has no samples or none with a token, or
+            `keep` refused one.
     """
     metadata = read_metadata(path)
     kept: list[tuple[int, T]] = []
+    has_tokens = False
     for position, result in enumerate(iterate_results(path)):
+        has_tokens = has_tokens or result["metrics"]["tokens_generated"] > 0
         try:
             kept.append((result["sample_index"], keep(result)))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{path}: results[{position}] {what}") from error
+        except MISFITS as error:
+            raise DataError(f"{path}: results[{position}] {misfit(error)}") from error
     if not kept:
         raise DataError(f"{path} has no samples")
+    if not has_tokens:
+        raise DataError(f"{path} has no tokens: each of its samples is empty")
     return RunExtract(path, metadata, tuple(item for _, item in sorted(kept, key=lambda x: x[0])))
 
 
+def misfit(error: Exception) -> str:
+    """What one of `MISFITS` says of a file, to follow its name."""
+    if isinstance(error, KeyError):
+        return f"lacks {error}"
+    return str(error) if type(error) is ValueError else f"is of another kind ({error})"
+
+
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The files that `paths` name; of a folder and the folders in it, the `.json` files, but not
-    those of a folder `wandb`, which W&B puts beside results.
+    """The files that `paths` name, each once; of a folder and the folders in it, the `.json` files,
+    but not those of a folder `wandb`, which W&B puts beside results.
 
     Raises:
-        DataError: a path does not exist, or a folder without any.
+        DataError: a path does not exist or is no file (a pipe can be read once only), or a folder
+            without any.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}  # by what they are, so that a file named twice counts once
     for path in paths:
-        if path.is_dir():
-            found = sorted(
-                item
-                for item in path.rglob("*.json")
-                if item.is_file() and "wandb" not in item.relative_to(path).parts[:-1]
-            )
-            if not found:
-                raise DataError(f"{path} has no .json files; pass a folder of result files")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise DataError(f"there is no file or folder {path}")
-    return files
+        try:
+            found = _files_at(path)
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise DataError(f"{path}: {error.strerror or error}") from error
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def _files_at(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(
+            item
+            for item in path.rglob("*.json")
+            if item.is_file() and "wandb" not in item.relative_to(path).parts[:-1]
+        )
+        if not found:
+            raise DataError(f"{path} has no .json files; pass a folder of result files")
+        return found
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}")
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder; write it to a file first")
+    return [path]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -119,7 +150,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
                     break
                 check_metadata(path, metadata)
                 return metadata
-            scanner.skip(key)
+            scanner.skip()
     raise DataError(f'{path} is not a result file: it lacks "metadata"')
 
 
@@ -133,13 +164,16 @@ def iterate_results(path: Path) -> Iterator[dict[str, Any]]:
     with _open(path) as file:
         for key, scanner in _Scanner(path, file).items():
             if key != "results":
-                scanner.skip(key)
+                scanner.skip()
                 continue
+            if has_results:
+                raise DataError(f'{path} is not a result file: it has "results" twice')
             has_results = True
             for position, result in enumerate(scanner.array()):
                 problem = result_problem(result)
                 if problem:
                     raise DataError(f"{path} is not a result file: results[{position}] {problem}")
+                result.setdefault("gpustats", [])
                 yield result
     if not has_results:
         raise DataError(f'{path} is not a result file: it lacks "results"')
@@ -160,32 +194,29 @@ class _Scanner:
         """The keys of the object that the text is; the caller reads or skips each value."""
         if self._next() != "{":
             raise DataError(f"{self._path} is not a result file: it holds no JSON object")
-        self._at += 1
-        while self._next() != "}":
+        for _ in self._elements("}"):
+            if self._next() != '"':
+                raise self._damaged("expecting a key")
             key = self.value()
             self._expect(":")
-            yield str(key), self
-            if self._next() != "}":
-                self._expect(",")
+            yield key, self
+        if self._next():
+            raise self._damaged("something follows its end")
 
     def array(self) -> Iterator[Any]:
         """The items of the array that stands here."""
         if self._next() != "[":
             raise DataError(f'{self._path} is not a result file: "results" is no list')
-        self._at += 1
-        while self._next() != "]":
+        for _ in self._elements("]"):
             yield self.value()
-            if self._next() != "]":
-                self._expect(",")
-        self._at += 1
 
-    def skip(self, key: str) -> None:
-        """Passes over the value of a key; of `results`, item by item."""
-        if key == "results" and self._next() == "[":
-            for _ in self.array():
-                pass
-        else:
+    def skip(self) -> None:
+        """Passes over the value that stands here; over an array item by item."""
+        if self._next() != "[":
             self.value()
+            return
+        for _ in self.array():
+            pass
 
     def value(self) -> Any:
         """The value that stands here."""
@@ -197,13 +228,25 @@ class _Scanner:
                 is_open = error.msg.startswith("Unterminated string")
                 if self._is_whole or not (is_open or error.pos >= len(self._text) - _NEAR_END):
                     raise self._damaged(error.msg) from error
-            except RecursionError as error:
-                raise self._damaged("too deeply nested") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits
+                what = "too deeply nested" if isinstance(error, RecursionError) else str(error)
+                raise self._damaged(what) from error
             else:
-                if end < len(self._text) or self._is_whole:  # a number might go on
+                # "1" might be the beginning of "12", "1." that of "1.5"
+                if end < len(self._text) - _NEAR_END or self._is_whole:
                     self._at = end
                     return value
             self._read(max(_CHUNK, len(self._text) - self._at))
+
+    def _elements(self, end: str) -> Iterator[None]:
+        """Stops before each element of the array or object that begins here, and after `end`."""
+        self._at += 1
+        if self._next() != end:
+            yield
+            while self._next() != end:
+                self._expect(",")
+                yield
+        self._at += 1
 
     def _next(self) -> str:
         """The next character that is no white space; "" at the end."""
@@ -236,6 +279,7 @@ class _Scanner:
 
 def _open(path: Path) -> TextIOWrapper:
     try:
-        return path.open(encoding="utf-8")
+        # What `json.loads` takes too: a byte order mark, surrogates without a partner.
+        return path.open(encoding="utf-8-sig", errors="surrogatepass")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
