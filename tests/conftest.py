@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 # Published data sets and the original's result files, too large to be part of the project.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+BROWSER = shutil.which("chromium")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,11 +35,13 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow tests run only when `-m` asks for them, those that read shared data where it is there,
-    GPU tests only where there is a GPU."""
+    those that need a browser where there is one, GPU tests only where there is a GPU."""
     if not config.option.markexpr:
         _leave_out("slow", config, items)
     if not SHARED_DATA.is_dir():
         _leave_out("shared_data", config, items)
+    if BROWSER is None:
+        _leave_out("browser", config, items)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_gpu():
         for item in on_gpu:

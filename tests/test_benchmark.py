@@ -124,6 +124,8 @@ def test_a_result_file_has_the_originals_keys_first_and_ours_after_them(
         assert tuple(result)[:6] == ORIGINAL_RESULT
         assert result["input_text"] == prompt
         assert result["metrics"]["tokens_generated"] == 24 == len(result["output_ids"])
+        assert len(result["token_lengths"]) == 24
+        assert sum(result["token_lengths"]) == len(result["output_text"])
 
 
 @pytest.mark.parametrize("strategy", ["chain", "async-chain"])

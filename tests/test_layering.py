@@ -29,6 +29,7 @@ LAYERS = (
     (
         *("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
         *("comparison", "compare", "checkup", "doctor", "statistics", "print_benchmark_stats"),
+        *("reporting", "report"),
     ),
 )
 # Commands that live beside what they are about; nothing may import them.
@@ -81,7 +82,7 @@ LIGHT = (
     *("pipespec.emulation", "pipespec.fit_emulation", "pipespec.doctor", "pipespec.plan"),
     *("pipespec.compare", "pipespec.comparison.child", "pipespec.comparison.published"),
     *("pipespec.demo.train", "pipespec.demo.evaluate"),
-    *("pipespec.planning.meter", "pipespec.print_benchmark_stats"),
+    *("pipespec.planning.meter", "pipespec.print_benchmark_stats", "pipespec.report"),
     *("pipespec.trace", "pipespec.trace.__main__"),
     *("pipespec.tracking", "pipespec.tracking.wandb_runs"),
 )

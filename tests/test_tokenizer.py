@@ -21,6 +21,7 @@ from pipespec.tokenizer import (
     TextTokenizer,
     check_same_tokenizer,
     load_tokenizer,
+    token_lengths,
 )
 
 CORPUS = ["def add(a, b):\n    return a + b", "the quick brown fox", "naïve café, 你好 😀"] * 4
@@ -385,3 +386,21 @@ def test_the_window_stays_short(byte_level: TextTokenizer) -> None:
         decoder.push([rng.randrange(byte_level.num_ids)])
         longest = max(longest, len(decoder._window))
     assert longest < 60
+
+
+def test_the_lengths_of_tokens_divide_the_text(
+    byte_level: TextTokenizer, sentencepiece: TextTokenizer
+) -> None:
+    for tokenizer in (byte_level, sentencepiece, ByteTokenizer()):
+        ids = [*tokenizer.encode("the fox 😀 a"), max(tokenizer.special_ids)]
+        text = tokenizer.decode(ids)
+        lengths = token_lengths(tokenizer, ids, text)
+        assert len(lengths) == len(ids)
+        assert (sum(lengths), lengths[-1]) == (len(text), 0)
+        before_stop = token_lengths(tokenizer, ids, text[:5])
+        assert sum(before_stop) == 5
+        assert all(cut <= whole for cut, whole in zip(before_stop, lengths))
+    face = byte_level.encode("😀")
+    assert token_lengths(byte_level, face, "😀") == [0] * (len(face) - 1) + [1]
+    assert token_lengths(byte_level, face[:1], "\ufffd") == [1]
+    assert token_lengths(byte_level, [], "") == []

@@ -16,9 +16,14 @@ FIRST_AFTER_S: Final = 1.0
 
 
 def read_results(
-    paths: Iterable[Path], keep: Callable[[Mapping[str, Any]], T]
+    paths: Iterable[Path],
+    keep: Callable[[Mapping[str, Any]], T],
+    *,
+    on_skip: Callable[[str], None] = lambda _: None,
+    on_file: Callable[[Path], None] = lambda _: None,
 ) -> list[RunExtract[T]]:
-    """`read_runs` of files and folders, with news of it on stderr.
+    """`read_runs` of files and folders, with news of it on stderr. on_skip, on_file: are told what
+    `read_runs` tells, too.
 
     Raises:
         DataError: as `read_runs`.
@@ -33,7 +38,15 @@ def read_results(
             progress.on_sample()
             return keep(result)
 
-        return read_runs(files, keep_and_tell, display.line, progress.on_file)
+        def skip_and_tell(line: str) -> None:
+            display.line(line)
+            on_skip(line)
+
+        def begin_and_tell(path: Path) -> None:
+            progress.on_file(path)
+            on_file(path)
+
+        return read_runs(files, keep_and_tell, skip_and_tell, begin_and_tell)
 
 
 class _Progress:

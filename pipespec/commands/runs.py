@@ -34,6 +34,7 @@ from pipespec.results import (
 )
 from pipespec.results.reading import read_partial
 from pipespec.state.counts import Counts
+from pipespec.tokenizer import token_lengths
 
 Result = Mapping[str, Any]
 OnSample = Callable[[Result, Mapping[str, Any]], None]
@@ -251,7 +252,10 @@ class _Models:
             output = self._decoder.generate(prompt.ids, self.settings.generation, progress.on_text)
         progress.on_sample(len(output.token_ids), output.total_time_s)
         counts = tuple(StageCounts.from_values(values) for values in output.counts)
-        more: dict[str, Any] = {}
+        tokenizer = self.inputs.hierarchy.tokenizer
+        more: dict[str, Any] = {
+            "token_lengths": token_lengths(tokenizer, output.token_ids, output.text)
+        }
         if self.run.metadata["drop_stages"]:
             more["stages"] = self.stages
             counts = self._of_all_stages(counts)

@@ -19,6 +19,13 @@ COLORS: Final[Mapping[str, str]] = {
     "async-chain": "#0072b2",
 }
 OTHER_COLOR: Final = "#009e73"
+# Of the same palette: who wrote a token. "either": a bonus or a correction, the file does not say.
+TOKEN_COLORS: Final[Mapping[str, str]] = {
+    "accepted": "#009e73",
+    "correction": "#d55e00",
+    "bonus": "#56b4e9",
+    "either": "#cc79a7",
+}
 
 Metadata = Mapping[str, Any]
 
@@ -110,7 +117,7 @@ def _gpus(devices: object) -> tuple[int, ...]:
 def lookahead(metadata: Metadata) -> int:
     """As set, or as the policy's choice came out on average."""
     value = metadata.get("lookahead")
-    return value if isinstance(value, int) else 0
+    return value if type(value) is int else 0
 
 
 def lookahead_text(metadata: Metadata) -> str:

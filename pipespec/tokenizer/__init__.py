@@ -7,7 +7,7 @@ folders without a tokenizer.json.
 from pipespec.tokenizer.folder import Tokenizer, load_tokenizer
 from pipespec.tokenizer.plain import ByteTokenizer
 from pipespec.tokenizer.protocol import ChatMessages, TextTokenizer
-from pipespec.tokenizer.stream import StreamDecoder
+from pipespec.tokenizer.stream import StreamDecoder, token_lengths
 from pipespec.tokenizer.vocabulary import Vocabulary, check_same_tokenizer, first_difference
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "check_same_tokenizer",
     "first_difference",
     "load_tokenizer",
+    "token_lengths",
 ]

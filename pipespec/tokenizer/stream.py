@@ -65,3 +65,18 @@ class StreamDecoder:
         if text := self._decode(tail):
             self._window, self._emitted = tail, text
         self._num_settled = len(self._window)
+
+
+def token_lengths(tokenizer: TextTokenizer, ids: Sequence[int], text: str) -> list[int]:
+    """How many characters of `text`, the text of `ids` up to a stop text, each token brought.
+
+    A character that several tokens spell counts for the one that completes it; special tokens and
+    what stands after the end of `text` have 0. The sum is the length of `text`.
+    """
+    decoder, left = StreamDecoder(tokenizer), len(text)
+    lengths: list[int] = []
+    for position, token in enumerate(ids, 1):
+        piece = decoder.push((token,)) + (decoder.flush() if position == len(ids) else "")
+        lengths.append(min(len(piece), left))
+        left -= lengths[-1]
+    return lengths
