@@ -19,6 +19,7 @@ from pipespec.commands.arguments import (
     add_generation_arguments,
     add_input_arguments,
     add_trace_argument,
+    add_tracking_arguments,
 )
 from pipespec.commands.display import Display, make_console
 from pipespec.commands.entry import configure_logging, run_command
@@ -36,10 +37,12 @@ from pipespec.commands.runs import (
 from pipespec.commands.settings import DEFAULT_READY_TIMEOUT_S, Settings, read_settings
 from pipespec.commands.tables import TableRow, summary_table
 from pipespec.commands.tracing import tracing
+from pipespec.commands.tracking import open_tracker, tracking_folder
 from pipespec.config import STRATEGIES
 from pipespec.errors import DataError, UsageError
 from pipespec.gpu_monitor import DEFAULT_INTERVAL_S
 from pipespec.results import OutputPlan, load_results, metadata_differences
+from pipespec.tracking import RunTracker, Tracker
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +95,7 @@ def make_parser() -> Parser:
         action="store_true",
         help="print memory and placement from config.json files alone, and stop",
     )
+    add_tracking_arguments(parser)
     return parser
 
 
@@ -109,6 +113,12 @@ def _benchmark(options: Namespace) -> int:
     display = Display(make_console())
     if options.dry_run:
         return _dry_run(settings, display)
+    with open_tracker(options, settings.strategies, display.line) as tracker:
+        _run_all(options, settings, tracker, display)
+    return 0
+
+
+def _run_all(options: Namespace, settings: Settings, tracker: Tracker, display: Display) -> None:
     inputs = read_inputs(settings, options.num_samples)
     for warning in inputs.warnings:
         display.line(f"note: {warning}")
@@ -132,23 +142,34 @@ def _benchmark(options: Namespace) -> int:
         )
     greedy = _stored_greedy(settings, inputs, output_dir, runs, display)
     with tracing(options.trace, display) as trace:
-        settings = replace(settings, trace=trace)
+        settings = replace(settings, trace=trace, monitor_interval_s=options.monitor_interval)
         for run in runs:
-            if run.plan is OutputPlan.SKIP:
-                display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
-            else:
-                run_strategy(
-                    run,
-                    settings,
-                    inputs,
-                    greedy,
-                    display,
-                    monitor_interval_s=options.monitor_interval,
-                )
+            with tracker.run(run.metadata, tracking_folder(output_dir)) as tracked:
+                results = _run_tracked(run, settings, inputs, greedy, display, tracked)
             if run.strategy == "greedy":
-                greedy = load_results(run.path).results
+                greedy = results
     _show_results(runs, greedy, settings, inputs, display)
-    return 0
+
+
+def _run_tracked(
+    run: Run,
+    settings: Settings,
+    inputs: Inputs,
+    greedy: Sequence[Result],
+    display: Display,
+    tracked: RunTracker,
+) -> Sequence[Result]:
+    """What a strategy wrote, now or before; either is logged."""
+    if run.plan is OutputPlan.SKIP:
+        display.line(f"{run.strategy}: done before, see {run.path} (--force runs it again)")
+        before = load_results(run.path)
+        for result in before.results:
+            tracked.log_sample(result, before.metadata)
+    else:
+        run_strategy(run, settings, inputs, greedy, display, tracked.log_sample)
+    stored = load_results(run.path)
+    tracked.log_end(stored.results, stored.metadata, greedy, inputs.decode)
+    return stored.results
 
 
 def _dry_run(settings: Settings, display: Display) -> int:

@@ -263,7 +263,7 @@ def _show_command(
     words += ["--strategy", best.choice.strategy]
     words += [word for name, value in best.choice.flags.items() for word in (f"--{name}", value)]
     words += _text_flags(options, settings)
-    display.line(shlex.join(words))
+    display.command(shlex.join(words))
 
 
 def _write_config(path: Path, models: Sequence[ModelConfig], base: Path) -> None:

@@ -173,3 +173,21 @@ def test_a_model_that_loads_for_long_is_mentioned_again() -> None:
         "async-chain: stage 0 (small): loading, 1.0 s",
         "async-chain: stage 0 (small): loading, 40.0 s",
     ]
+
+
+def test_a_terminal_gets_prose_between_words_and_paths_and_commands_whole() -> None:
+    path = "/results/" + 30 * "x"
+    prose = f"draft does not pay: it is slow, see {path}"
+    made, written = console(is_terminal=True, width=24)
+    Display(made).line(prose)
+    lines = written.getvalue().splitlines()
+    assert lines == ["draft does not pay: it", "is slow, see", path]
+    made, written = console(is_terminal=True, width=24)
+    Display(made).command("python -m pipespec.benchmark --dataset stdlib")
+    assert written.getvalue() == "python -m pipespec.benchmark --dataset stdlib\n"
+
+
+def test_elsewhere_a_line_is_a_line() -> None:
+    made, written = console(is_terminal=False, width=24)
+    Display(made).line("draft does not pay: without it it would be faster")
+    assert written.getvalue() == "draft does not pay: without it it would be faster\n"

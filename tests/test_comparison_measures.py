@@ -133,7 +133,7 @@ def test_the_best_variant_is_in_the_table_and_all_are_told_below() -> None:
     assert (row.variant, row.tokens_per_s) == ("lookahead 4", Spread(20.0, 20.0, 20.0))
     text = printed(race)
     assert "chain, lookahead 4" in text
-    assert "chain@device: the best of lookahead 2 10.0, lookahead 4 20.0 tokens/s" in text
+    assert "chain@device: the best of lookahead 2: 10.0, lookahead 4: 20.0 tokens/s" in text
 
 
 def test_who_is_faster_with_less_hardware_is_told() -> None:

@@ -28,7 +28,7 @@ LAYERS = (
         *("worker", "monitor", "gpu_monitor"),
     ),
     ("decoding",),
-    ("planning",),
+    ("planning", "tracking"),
     (
         *("dry_run", "commands", "benchmark", "run_example", "fit_emulation", "plan"),
         *("comparison", "compare", "checkup", "doctor", "statistics", "print_benchmark_stats"),
@@ -88,12 +88,13 @@ LIGHT = (
     *("pipespec.planning.meter", "pipespec.gpu_monitor", "pipespec.monitor.sampler"),
     *("pipespec.print_benchmark_stats", "pipespec.report"),
     *("pipespec.trace", "pipespec.trace.__main__"),
+    *("pipespec.tracking", "pipespec.tracking.wandb_runs"),
 )
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_importing_it_loads_neither_torch_nor_transformers(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'}"
+    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib', 'wandb'}"
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     run = run_python(code)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr

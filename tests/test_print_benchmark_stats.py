@@ -59,7 +59,7 @@ def test_every_number_of_a_row(folder: Path, capsys: pytest.CaptureFixture[str])
         "tokens_per_s": 5.0, "speed_up_same_prompts": 2.5, "speed_up_all_samples": 2.5,
         "num_matched_samples": 2, "num_same_text": 2, "acceptance_rate": [None],
         "block_efficiency": [2.25], "energy_per_token_j": 30.0, "energy_source": "power samples",
-        "mean_utilization_percent": [], "file": str(folder / "chain_2.json"),
+        "mean_utilization_percent": [50.0, 50.0], "file": str(folder / "chain_2.json"),
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 from pipespec.config import POLICIES, RUNNERS, GenerationParams, SamplingParams, Schedule
 from pipespec.data import BUILT_IN
 from pipespec.errors import UsageError
+from pipespec.tracking.wandb_runs import DEFAULT_WANDB_PROJECT
 
 DEFAULT_MODELS_CONFIG: Final = "configs/models/demo.json"
 HUB_MAX_NEW_TOKENS: Final = 4096  # the original's, for models that write real answers
@@ -198,6 +199,29 @@ def add_process_arguments(group: argparse._ArgumentGroup, ready_timeout_s: float
         help="for all models of a pipeline to load",
     )
     group.add_argument("--verbose", action="store_true", help="log to stderr what happens")
+
+
+def add_tracking_arguments(parser: Parser) -> None:
+    """Where numbers go besides the result files; see `commands.tracking`."""
+    group = parser.add_argument_group("tracking")
+    group.add_argument(
+        "--use-wandb",
+        action="store_true",
+        help="log to Weights & Biases, one run a strategy; WANDB_MODE=offline logs to files",
+    )
+    group.add_argument(
+        "--wandb-project",
+        metavar="NAME",
+        help=f"(default: WANDB_PROJECT, else {DEFAULT_WANDB_PROJECT})",
+    )
+    group.add_argument(
+        "--wandb-entity", metavar="NAME", help="a user or a team (default: W&B's own)"
+    )
+    group.add_argument(
+        "--wandb-run",
+        metavar="NAME",
+        help="name of the run; with several strategies, of their group (default: W&B makes one)",
+    )
 
 
 def add_trace_argument(parser: Parser) -> None:

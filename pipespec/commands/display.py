@@ -15,7 +15,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pipespec.commands.entry import CommandConsole
+from pipespec.commands.entry import CommandConsole, print_line
 from pipespec.config import ModelConfig
 from pipespec.launcher import OnProgress
 from pipespec.stage_process import StageStatus
@@ -75,6 +75,10 @@ class Display:
 
     def line(self, text: str) -> None:
         """A line that stays."""
+        print_line(self.console, text)
+
+    def command(self, text: str) -> None:
+        """A command to be copied: one line, however long."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -53,6 +54,18 @@ class CommandConsole(Console):
     def on_broken_pipe(self) -> None:
         """rich's own ends the program with exit code 1, as if the command had failed."""
         raise  # the error that rich is handling
+
+
+def print_line(console: Console, text: str) -> None:
+    """Prose, in which a terminal would break words at its edge: there it is wrapped between words.
+    A word that is longer than a line, such as a path, stays whole; elsewhere the line does too."""
+    if console.is_terminal:
+        lines = (
+            textwrap.wrap(line, console.width, break_long_words=False, break_on_hyphens=False)
+            for line in text.splitlines()
+        )
+        text = "\n".join("\n".join(line) for line in lines)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -110,7 +123,7 @@ def _report(message: str, error: BaseException | None = None) -> None:
     console = CommandConsole(stderr=True, soft_wrap=True, highlight=False)
     notes = getattr(error, "__notes__", ())
     try:
-        console.print("; ".join([message, *notes]), markup=False)
+        print_line(console, "; ".join([message, *notes]))
     except OSError:
         _discard_output()
 

@@ -39,6 +39,10 @@ class Inputs:
         notes = dict.fromkeys(placement.note for placement in self.hierarchy.placements)
         return (*self.dataset.warnings, *self.notes, *filter(None, notes))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.hierarchy.tokenizer.decode(ids, skip_special_tokens=False)
+
 
 def read_inputs(
     settings: Settings, num_samples: int | None, *, sample_index: int | None = None

@@ -135,7 +135,7 @@ def trial_table(trials: Sequence[Trial]) -> Table:
             item.choice.strategy,
             f"{item.measured:,.1f}",
             f"{item.real.tokens_per_s:,.1f}",
-            f"{item.real.tokens_per_s / item.measured - 1.0:+.1%}",
+            f"{item.real.tokens_per_s / item.measured - 1.0:+z.1%}",
             f"{item.ideal.tokens_per_s:,.1f}",
             f"{item.efficiency:.2f}",
             pair or NOTHING,
@@ -157,7 +157,7 @@ def loss_line(item: Trial) -> str:
         ("loops and messages", real_s - slower_s),
         ("not foreseen", measured_s - real_s),
     )
-    told = ", ".join(f"{name} {part / measured_s:.1%}" for name, part in parts)
+    told = ", ".join(f"{name} {part / measured_s:z.1%}" for name, part in parts)
     line = (
         f"time of {item.choice.strategy} beyond the ideal: {told}; target's forwards "
         f"{1e3 * item.target_step_s:.2f} ms (predicted {1e3 * item.real.target_step_s:.2f})"

@@ -37,6 +37,7 @@ from pipespec.state.counts import Counts
 from pipespec.tokenizer import token_lengths
 
 Result = Mapping[str, Any]
+OnSample = Callable[[Result, Mapping[str, Any]], None]
 WARM_UP_TOKENS: Final = 16
 
 
@@ -110,21 +111,22 @@ def run_strategy(
     inputs: Inputs,
     greedy: Sequence[Result],
     display: Display,
-    *,
-    monitor_interval_s: float = 0.0,
+    on_sample: OnSample = lambda _result, _metadata: None,
 ) -> None:
     """Loads the models, generates every sample that is not on the disk yet, and finishes the file.
-    monitor_interval_s: between two readings of the devices; 0: none.
+    on_sample: is told of each one of the run that is on the disk, and of the run's metadata.
 
     Raises:
         PipeSpecError: with a note on what was kept, like anything else that ends the run early.
     """
-    monitor = RunMonitor(monitor_interval_s, inputs.hierarchy, run.strategy)
-    with monitor, _Models(run, settings, inputs, display, monitor) as models:
+    monitor = RunMonitor(settings.monitor_interval_s, inputs.hierarchy, run.strategy)
+    with monitor, _Models(run, settings, inputs, display, monitor, on_sample) as models:
         models.load(_stages_at_start(run, inputs))
         with _writer(run, len(inputs.prompts)) as writer:
             earlier = writer.metadata.get("monitor")
             writer.update_metadata(pids=models.pids, **monitor.metadata(earlier))
+            for result in writer.results:
+                on_sample(result, writer.metadata)
             if run.strategy == "async-chain" and writer.metadata.get("payoff") is None:
                 _judge_stages(models, writer, greedy)
             models.write_samples(writer)
@@ -176,7 +178,13 @@ class _Models:
     manager. pids: of all processes that have held a model."""
 
     def __init__(
-        self, run: Run, settings: Settings, inputs: Inputs, display: Display, monitor: RunMonitor
+        self,
+        run: Run,
+        settings: Settings,
+        inputs: Inputs,
+        display: Display,
+        monitor: RunMonitor,
+        on_sample: OnSample,
     ) -> None:
         self.run = run
         self.settings = settings
@@ -185,6 +193,7 @@ class _Models:
         self.stages: tuple[int, ...] = ()
         self.pids: list[int] = []
         self._monitor = monitor
+        self._on_sample = on_sample
         self._decoder: AnyDecoder | None = None
 
     def load(self, stages: tuple[int, ...]) -> None:
@@ -215,6 +224,7 @@ class _Models:
                 if prompt.index not in writer.done and not until(texts):
                     result, texts[prompt.index] = self._write_sample(prompt, progress)
                     writer.add(result)
+                    self._on_sample(result, writer.metadata)
         return texts
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ class Settings:
     prefill: what `--prefill` said; None where it was not given, and prompts are cut to
     `default_prefill` tokens, if that is not None, or to what the context has room for.
     is_basic_template: write conversations without the tokenizer's chat template. trace: what
-    happens is noted there.
+    happens is noted there. monitor_interval_s: between two readings of the devices; 0: none.
     """
 
     strategies: tuple[str, ...]
@@ -61,6 +61,7 @@ class Settings:
     default_prefill: int | None = None
     is_basic_template: bool = False
     trace: TraceRecorder | None = None
+    monitor_interval_s: float = 0.0
 
     def schedule_of(self, strategy: str) -> Schedule:
         """A policy says how to wait, and `chain` never does: it has the adaptive one's rule."""

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from pipespec.commands.arguments import Parser
 from pipespec.commands.display import make_console
-from pipespec.commands.entry import run_command
+from pipespec.commands.entry import print_line, run_command
 from pipespec.config import ModelConfig, find_models_config, load_models_config, model_to_json
 from pipespec.errors import DataError, PipeSpecError, UsageError
 from pipespec.metrics import speed_up, summarise
@@ -87,7 +87,7 @@ def _main(options: Namespace) -> int:
         console.width = max(console.width, _TABLE_WIDTH)
         lines, table = comparison_table(published, options.output_dir, options.group)
         for line in lines:
-            console.print(line, markup=False, soft_wrap=True)
+            print_line(console, line)
         console.print(table)
     return 0
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipespec.commands.entry import print_line
 from pipespec.comparison import ablation
 from pipespec.comparison.contestants import GREEDY
 from pipespec.comparison.drafting import DraftRates
@@ -28,10 +29,10 @@ def print_tables(record: Record, console: Console) -> None:
     by_table = {table: table_rows(record, table) for table in record.metadata["tables"]}
     for table, rows in by_table.items():
         if rows:
-            _line(console, table_title(record, table))
-            _line(console, "")
+            print_line(console, table_title(record, table))
+            print_line(console, "")
             console.print(_table(rows, _columns(record.metadata)))
-            _line(console, "")
+            print_line(console, "")
     for line in (
         *(ablation.NOTES if record.metadata.get("ablation") else ()),
         *_variant_lines(by_table),
@@ -39,7 +40,7 @@ def print_tables(record: Record, console: Console) -> None:
         *left_out_lines(record),
         *busy_lines(record.metadata),
     ):
-        _line(console, line)
+        print_line(console, line)
 
 
 def table_title(record: Record, table: str) -> str:
@@ -156,7 +157,7 @@ def _variant_lines(by_table: Mapping[str, Sequence[Row]]) -> list[str]:
     lines = []
     for row in _rows(by_table):
         if len(row.others) > 1:
-            listed = ", ".join(f"{name} {_speed(x)}" for name, x in row.others.items())
+            listed = ", ".join(f"{name}: {_speed(x)}" for name, x in row.others.items())
             lines.append(f"{row.entrant.key}: the best of {listed} tokens/s")
     return lines
 
@@ -184,7 +185,3 @@ def _speed(tokens_per_s: float) -> str:
 
 def _s(count: int) -> str:
     return "" if count == 1 else "s"
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)

@@ -101,7 +101,8 @@ def misfit(error: Exception) -> str:
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The files that `paths` name, each once; of a folder and the folders in it, the `.json` files.
+    """The files that `paths` name, each once; of a folder and the folders in it, the `.json` files,
+    but not those of a folder `wandb`, which W&B puts beside results.
 
     Raises:
         DataError: a path does not exist or is no file (a pipe can be read once only), or a folder
@@ -120,7 +121,11 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 def _files_at(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(item for item in path.rglob("*.json") if item.is_file())
+        found = sorted(
+            item
+            for item in path.rglob("*.json")
+            if item.is_file() and "wandb" not in item.relative_to(path).parts[:-1]
+        )
         if not found:
             raise DataError(f"{path} has no .json files; pass a folder of result files")
         return found
