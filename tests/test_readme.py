@@ -10,18 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from pipespec import benchmark, compare, doctor, plan, report, run_example
+from pipespec import (
+    benchmark,
+    compare,
+    doctor,
+    plan,
+    print_benchmark_stats,
+    report,
+    run_example,
+)
 from pipespec.config import load_models_config
+from pipespec.trace.__main__ import make_parser as make_trace_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SEEING = (ROOT / "docs" / "seeing.md").read_text(encoding="utf-8")
 PARSERS = {
     "pipespec.benchmark": benchmark.make_parser,
     "pipespec.compare": compare.make_parser,
     "pipespec.doctor": doctor.make_parser,
     "pipespec.plan": plan.make_parser,
+    "pipespec.print_benchmark_stats": print_benchmark_stats.make_parser,
     "pipespec.report": report.make_parser,
     "pipespec.run_example": run_example.make_parser,
+    "pipespec.trace": make_trace_parser,
 }
 
 
@@ -32,8 +44,9 @@ def block(language: str) -> str:
 
 
 def commands() -> list[str]:
-    """Every command of ours in the README's indented blocks."""
-    found = re.findall(r"^    .*?(python -m pipespec\..*)$", README, re.MULTILINE)
+    """Every command of ours in indented blocks."""
+    found = re.findall(r"^    .*?(python -m pipespec\..*)$", README + SEEING, re.MULTILINE)
+    found = [command for command in found if "[--" not in command]
     assert len(found) >= 5
     return found
 

@@ -21,16 +21,20 @@ MAX_SHOWN: Final = 100
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run_command(lambda: _main(arguments))
+    return run_command(lambda: _main(make_parser().parse_args(arguments).paths))
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def make_parser() -> Parser:
+    """All flags of the command."""
     parser = Parser(
         prog="python -m pipespec.trace",
         description="Checks traces that --trace wrote, and says where the time went.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="FILE")
-    paths = parser.parse_args(arguments).paths
+    return parser
+
+
+def _main(paths: Sequence[Path]) -> int:
     return max(_check(path) for path in paths)
 
 
