@@ -147,7 +147,7 @@ def test_with_eight_devices_it_takes_about_a_hundredth_of_a_core_at_most(kind: s
     cpu_s, wall_s = (after[key] - before[key] for key in ("cpu_s", "wall_s"))
     print(f"{num_readings} readings of 8 {kind} in {wall_s:.1f} s: {cpu_s / wall_s:.2%} of a core")
     assert num_readings >= 15
-    assert cpu_s / wall_s < 0.015  # 0.01 for readings, and a little to wake up and answer
+    assert cpu_s / wall_s < 0.012  # the last reading may come before it can be afforded
 
 
 # -- how it ends ----------------------------------------------------------------------------------

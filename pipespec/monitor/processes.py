@@ -16,7 +16,6 @@ from typing import Any, Final
 from pipespec.monitor.readings import SLOW_S, Values
 
 _MIB: Final = 1 << 20
-_LEAST_CORE_S: Final = 0.05  # a core's times come in ticks of 10 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +117,8 @@ class _Cores:
         self._busy: dict[int, float] = {}
 
     def read(self, now_s: float) -> Mapping[int, float]:
-        """Percent of the time since the reading before; the last ones if that was just now."""
-        if not self._wanted or now_s - self._at_s < _LEAST_CORE_S:
+        """Percent of about the last second."""
+        if not self._wanted or now_s - self._at_s < SLOW_S:
             return self._busy
         before, self._at_s = self._times, now_s
         self._times = self._read_times()

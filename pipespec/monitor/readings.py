@@ -25,7 +25,7 @@ DIGITS: Final[Mapping[str, int]] = {
     "temperatures_c": 0,
     "sm_clocks_mhz": 0,
     "memory_clocks_mhz": 0,
-    "core_utilizations": 1,  # %: of a process's cores, by whomever
+    "core_utilizations": 1,  # %: of a process's cores, by whomever, in the last second
 }
 TIME_DIGITS: Final = 4
 SLOW_S: Final = 1.0  # between two looks at what changes slowly: looking costs CPU time

@@ -4,8 +4,8 @@ Started by `gpu_monitor`, never by hand. Its first line of input says what to sa
 after that it samples by the clock and answers one line at a time (see `serve`). It ends with its
 input, and with its parent however that ended. Ctrl-C and the like are the parent's to act on.
 
-It takes no more than 1 % of a core: where a reading costs more than 1 % of the interval, there are
-fewer of them.
+It takes no more than 1 % of a core: where its readings cost more than that, those by the clock come
+less often. Those that are asked for, around each text, always come.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipespec.monitor.processes import ProcessSource, Watched
 from pipespec.monitor.readings import ALWAYS, ENERGY, POWER, Reading, Source, Values, to_reading
 from pipespec.parent_watch import end_with_parent
 
-MAX_SHARE: Final = 0.01  # of a core, for sampling
+MAX_SHARE: Final = 0.01  # of a core
 _MAX_ERRORS: Final = 10  # that are reported
 Clock = Callable[[], float]
 
@@ -50,8 +50,8 @@ class Sampler:
         self._names = set(ALWAYS)
         self._first_values: Sequence[Values] = []
         self._readings: list[Reading] = []
-        self._due_s = clock()
-        self._cpu_s, self._num_samples = 0.0, 0
+        self._begun_s, self._begun_cpu_s = clock(), cpu_clock()
+        self._due_s = self._begun_s
         self.errors: list[str] = []
         self.clear()
 
@@ -82,14 +82,12 @@ class Sampler:
 
     def sample(self) -> None:
         """One reading."""
-        start_s, start_cpu_s = self._clock(), self._cpu_clock()
+        start_s = self._clock()
         values = [device for source in self._sources for device in self._read(source, start_s)]
         self._names |= {name for device in values for name, v in device.items() if v is not None}
         self._readings.append(to_reading(start_s, self._since_first(values), self._names))
-        self._cpu_s += self._cpu_clock() - start_cpu_s
-        self._num_samples += 1
-        least_s = self._cpu_s / self._num_samples / MAX_SHARE
-        self._due_s = start_s + max(self._interval_s, least_s)
+        affordable_s = self._begun_s + (self._cpu_clock() - self._begun_cpu_s) / MAX_SHARE
+        self._due_s = max(start_s + self._interval_s, affordable_s)
 
     def _read(self, source: Source, now_s: float) -> Sequence[Values]:
         try:
