@@ -232,11 +232,21 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def _since_the_reading_before(
+    series: Sequence[tuple[float, float]],
+) -> tuple[list[float], list[float]]:
+    """Times and values for steps: a reading tells of the time since the one before it. What the
+    first one tells of was before the sample."""
+    times_s, values = [time_s for time_s, _ in series], [value for _, value in series]
+    return times_s, [*values[1:2], *values[1:]] or values
+
+
 def _draw_row(part: SubFigure, row: Row, shown: Sequence[str]) -> None:
     for axes, name in zip(part.subplots(1, len(shown), squeeze=False)[0], shown):
         for device in row.devices:
-            times_s, values = zip(*device.series[name]) if device.series[name] else ((), ())
-            axes.plot(times_s, values, color=device.color, ls=device.line, label=device.label)
+            times_s, values = _since_the_reading_before(device.series[name])
+            looks = {"color": device.color, "ls": device.line, "label": device.label}
+            axes.plot(times_s, values, drawstyle="steps-pre", **looks)
         axes.set_xlim(0, row.seconds)
         largest = max((v for d in row.devices for _, v in d.series[name]), default=1.0)
         axes.set_ylim(0, 104 if name == "gpu_utilizations" else 1.08 * max(largest, 1e-3))
