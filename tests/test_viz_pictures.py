@@ -33,7 +33,8 @@ PICTURES = {
     "sweep": "tokens-per-s-over-lookahead",
     "dataset_lengths": "dataset-lengths",
 }
-SCRIPTS = sorted(path.stem for path in (ROOT / "viz").glob("[a-z]*.py") if path.stem != "utils")
+HELPERS = {"utils", "timelines"}
+SCRIPTS = sorted({path.stem for path in (ROOT / "viz").glob("[a-z]*.py")} - HELPERS)
 SMALL, MIDDLE, LARGE = MODELS
 
 
