@@ -62,7 +62,7 @@
       const look = { stroke: line.color, "stroke-dasharray": line.dash };
       const known = line.points.filter(isKnown);
       const places = known.map(([x, y]) => `${atX(x).toFixed(2)} ${(100 - atY(y)).toFixed(2)}`);
-      svg.append(element("path", { ...look, d: `M${places.join("L")}` }));
+      if (places.length) svg.append(element("path", { ...look, d: `M${places.join("L")}` }));
       if (chart.marks) {
         for (const place of places) svg.append(element("path", { class: "point", stroke: line.color, d: `M${place}h0` }));
       }
@@ -177,12 +177,17 @@
     return { title: `Tokens over time${note}`, x: "seconds since the prompt was submitted", y: "tokens", series };
   }
 
+  // A reading tells of the time since the one before it; the first, of before the sample.
+  function steps(points) {
+    return points.slice(1).flatMap(([at, value], index) => [[points[index][0], value], [at, value]]);
+  }
+
   function utilizationChart(run, sample) {
     const series = run.devices.map((label, device) => ({
       label,
       color: DEVICE_COLORS[device % DEVICE_COLORS.length],
       dash: DEVICE_DASHES[device % DEVICE_DASHES.length],
-      points: sample.utilization.map(([at, values]) => [at, values[device] ?? null]),
+      points: steps(sample.utilization.map(([at, values]) => [at, values[device] ?? null])),
     }));
     return { title: "Utilization over time", x: "seconds", y: "percent", most: 105, series };
   }
