@@ -15,7 +15,7 @@ from pipespec.config import Schedule
 from pipespec.forwards import run_step
 from pipespec.messages import Abort, Finish, Frame, Heartbeat, Link, Shutdown
 from pipespec.policy import make_policy
-from pipespec.runners.base import ModelRunner
+from pipespec.runners.base import ModelRunner, WaitingRunner
 from pipespec.state import Role, StageState, Step
 from pipespec.state.finish import Decode
 from pipespec.trace import TracedState, TracedTransport, Tracer
@@ -70,6 +70,8 @@ class StageLoop:
         self._next_duties_s = 0.0
         self._up_is_full = False
         self._unsent: dict[Link, deque[Frame]] = {Link.UP: deque(), Link.LAUNCHER: deque()}
+        if isinstance(runner, WaitingRunner):
+            runner.while_computing(self._receive_for)
 
     def run(self) -> None:
         """Serves until told to stop; what the runner or the transport raises ends it."""
@@ -89,11 +91,22 @@ class StageLoop:
         now_s = self._clock()
         if wait_s > 0.0:
             self.state.add_wait(now_s - start_s)
+        self._apply(arrivals, now_s)
+        self._slots.keep_only(self.state.requests)
+
+    def _apply(self, arrivals: Sequence[tuple[Link, Frame]], now_s: float) -> None:
         for link, frame in arrivals:
             if link is Link.LAUNCHER and isinstance(frame.message, Shutdown):
                 self._stopped |= frame.receiver_incarnation == self._incarnation
             self._send(self.state.receive(link, frame, now_s))
-        self._slots.keep_only(self.state.requests)
+
+    def _receive_for(self, seconds: float) -> None:
+        """A device computes for so long: what arrives meanwhile is read now, not after it."""
+        until_s = self._clock() + seconds
+        while (left_s := until_s - self._clock()) > 0.0:
+            # Long waits are counted in milliseconds (see transport), so they end early.
+            wait_s = left_s if left_s < 0.01 else left_s - 0.002
+            self._apply(self._transport.receive(wait_s), self._clock())
 
     def _forward(self, step: Step) -> None:
         slot, transport = self._slots.slot_of(step.request), self._transport

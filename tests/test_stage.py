@@ -254,6 +254,41 @@ def test_a_stage_that_computes_does_not_say_that_it_is_idle() -> None:
     assert [at_s for at_s in reports if 0.5 < at_s < 30.0] == []
 
 
+class WaitingTimedRunner(TimedRunner):
+    """One that leaves the processor free while it computes."""
+
+    def while_computing(self, do: Callable[[float], None]) -> None:
+        self._do = do
+
+    def forward(self, rows: Sequence[Row]) -> list[list[int]]:
+        self.steps += [(self._world.now_s, row) for row in rows]
+        self._do(self._step_s)
+        return self._model.forward(rows)
+
+
+@pytest.mark.parametrize(("kind", "at_s"), [(TimedRunner, 1.0), (WaitingTimedRunner, 0.4)])
+def test_what_arrives_while_a_device_computes_is_read_at_once(
+    kind: type[TimedRunner], at_s: float
+) -> None:
+    """A verdict reaches a stage between two others in the middle of its first forward."""
+    world = World(1, 3)
+    runner = kind(world, 1.0, None)
+    loop = StageLoop(
+        index=1, num_stages=3, incarnations=[1] * 3, schedule=Schedule("pipespec", lookahead=4),
+        runner=runner, transport=world, clock=lambda: world.now_s,
+    )  # fmt: skip
+    world.tell(0.0, Link.DOWN, submit())
+    world.tell(0.4, Link.DOWN, Verdict(1, 1, len(PROMPT), (7, 8), False))
+    world.tell(1.5, Link.LAUNCHER, Shutdown())
+    loop.run()
+    passed_on = [
+        (sent_s, message.tokens)
+        for sent_s, link, message in world.sent
+        if link is Link.UP and isinstance(message, Verdict) and message.tokens
+    ]
+    assert passed_on[0] == (pytest.approx(at_s), (7, 8))
+
+
 # -- sending ------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ Runners do not know other stages, candidates, acceptance or time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -106,6 +106,15 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Give back device memory. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class WaitingRunner(ModelRunner, Protocol):
+    """One whose forward leaves the processor free while a device computes."""
+
+    def while_computing(self, do: Callable[[float], None]) -> None:
+        """From now on `do(seconds)` is called during every forward, for at most so long."""
         ...
 
 

@@ -9,7 +9,7 @@ Sampling parameters change nothing here. No torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from pipespec.emulation.model import NUM_IDS, NUM_TAIL_ROWS, parse_emulation
@@ -50,6 +50,7 @@ class EmulatedRunner:
         self._hashes: dict[int, list[int]] = {}  # slot -> hash of each prefix it holds, [0]: empty
         self._tails: dict[int, dict[int, int]] = {}  # slot -> row beyond them -> prefix it ends
         self._oversleep_s = 0.0
+        self._do: Callable[[float], None] = time.sleep
         self._info = RunnerInfo(
             name=name,
             runner="emulated",
@@ -104,6 +105,10 @@ class EmulatedRunner:
         self._sleep_until(deadline_s)
         return draws
 
+    def while_computing(self, do: Callable[[float], None]) -> None:
+        """See `WaitingRunner`."""
+        self._do = do
+
     def release(self, slot: int) -> None:
         self._hashes.pop(slot, None)
         self._tails.pop(slot, None)
@@ -133,7 +138,7 @@ class EmulatedRunner:
         sleep_s = deadline_s - time.perf_counter()
         if sleep_s <= 0.0:
             return
-        time.sleep(max(sleep_s - self._oversleep_s, sleep_s / 2))
+        self._do(max(sleep_s - self._oversleep_s, sleep_s / 2))
         late_s = time.perf_counter() - deadline_s
         learned_s = self._oversleep_s + late_s / 8
         self._oversleep_s = min(max(learned_s, 0.0), _MAX_OVERSLEEP_S)
