@@ -61,7 +61,7 @@ class Scenario:
             step_s=tuple(rng.choice([0.1, 0.5, 1.0, 3.0]) for _ in range(num_stages)),
             slope=rng.choice([0.0, 0.1]),
             latency_s=rng.choice([0.01, 0.3, 2.0]),
-            reads_meanwhile=tuple(rng.random() < 0.5 for _ in range(num_stages)),
+            reads_meanwhile=(rng.random() < 0.5,) * num_stages,
             adaptive=rng.random() < 0.25,
             short_context=rng.random() < 0.1,
             max_new_tokens=tuple(rng.randint(1, 20) for _ in range(num_requests)),
