@@ -47,8 +47,8 @@ GROWTH = """\
 MUTANTS = {
     "no parent check": Mutant(
         request,
-        "return start if self.hashes[start] == prefix_hash else None",
-        "return start",
+        "return self.hashes[length] == prefix_hash",
+        "return True",
         scenario.RELIABLE,
         ("a candidate was drafted on the prefix it follows",),
     ),

@@ -99,7 +99,7 @@ def test_the_main_path_is_accepted_as_if_there_were_no_branches() -> None:
 
 def test_what_follows_a_verified_branch_is_the_main_path_then() -> None:
     state = target(max_twigs=2)
-    draft = Draft(1, hash_tokens((*PROMPT, 1, 2, 5, 6)), 7, (3, 3), False)
+    draft = Draft(1, hash_tokens((*PROMPT, 1)), 4, (2, 5, 6, 3, 3), False, (0, 1, 2, 3))
     assert state.on_draft(draft)
     verify(state, {(): 2, (2,): 5, (2, 5): 6, (2, 5, 6): 3}, most=1)
     assert own(state) == [1, 2, 5, 6, 3]
