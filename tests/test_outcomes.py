@@ -38,7 +38,7 @@ def drafter(
 
 def begin(state: RequestState) -> Step:
     """A forward over all that could be fed."""
-    return state.begin_step(16, offers_beside(state, 16))
+    return state.begin_step(16, [extra for _, extra in offers_beside(state, 16)])
 
 
 def step(state: RequestState, own: Sequence[int], *tails: Sequence[int]) -> Step:

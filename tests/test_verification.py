@@ -31,7 +31,7 @@ def target(max_twigs: int = 4, *, num_stages: int = 2, index: int = 1) -> Reques
 
 
 def begin(state: RequestState, most: int = 16) -> Step:
-    return state.begin_step(most, offers_beside(state, most))
+    return state.begin_step(most, [extra for _, extra in offers_beside(state, most)])
 
 
 def verify(state: RequestState, after: dict[tuple[int, ...], int], most: int = 16) -> Step:

@@ -26,11 +26,11 @@ from itertools import accumulate
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Submit, Verdict
-from pipespec.state.beside import make_draft, num_to_follow, place_feeds
+from pipespec.state.beside import Extra, make_draft, num_to_follow, place_feeds
 from pipespec.state.burst import Burst
 from pipespec.state.candidates import Candidates, Twig, branches_of, common_length
 from pipespec.state.counts import Counts
-from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
+from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats, grow
 from pipespec.state.step import Role, Step
 from pipespec.state.tail import TailRows
 from pipespec.state.tell import tell, tell_all
@@ -83,7 +83,7 @@ class RequestState:
         self.output_at_s = -math.inf
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
         self.step: Step | None = None  # the forward in flight
-        self.burst = Burst(set())
+        self.burst = Burst(range(0))
         self.intact = 0  # how much of seq no verdict has touched since the step in flight began
         self.waiting_until: float | None = None
         num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
@@ -125,11 +125,9 @@ class RequestState:
 
     @property
     def can_prepare(self) -> bool:
-        """Outcomes may be prepared although no own tokens may follow: only a first draft has the
-        time."""
-        if not self.role.is_first or self.step is not None or self.is_prefill:
-            return False
-        return bool(self.outcomes.offers(self.acked, self.kv_valid))
+        """Outcomes, if any are left, may be prepared although no own tokens may follow: only a
+        first draft has the time."""
+        return self.role.is_first and self.step is None and self.rows.count > 0
 
     @property
     def is_prefill(self) -> bool:
@@ -203,14 +201,15 @@ class RequestState:
         return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
 
     def begin_step(
-        self, most: int, extras: Sequence[Twig | Branch] = (), *, takes_own: bool = True
+        self, most: int, extras: Sequence[Extra] = (), *, takes_own: bool = True
     ) -> Step | None:
         """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
-        `most`, if takes_own and own tokens may follow; and over `extras`, the best of
-        `offers_beside`. None if only branches were to be fed and no rows were left for them."""
+        `most`, if takes_own and own tokens may follow; and over `extras`, the best of those that
+        `offers_beside` found. None if only branches were to be fed and no row was left for them."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
-        branches = [extra for extra in extras if isinstance(extra, Branch)]
+        cases = [extra for extra in extras if not isinstance(extra, Twig)]
+        branches = [self.outcomes.branch(case) for case in cases]
         cached = [branch for branch in branches if branch.position <= start]
         twigs: list[Twig] = []
         if self.can_step and (takes_own or not cached):
@@ -239,7 +238,7 @@ class RequestState:
         the draws are for `end_step` then."""
         if self.step is None or self.burst.is_cut:
             return None
-        following = self.burst.go_on(self.step, draws, self.outcomes)
+        following = self.burst.go_on(self.step, draws)
         self.step = following or self.step
         return following
 
@@ -250,7 +249,7 @@ class RequestState:
         assert last is not None and len(draws) == last.num_draws + len(last.tail)
         self.rows.free(feed.row for feed, _ in zip(last.tail, last.twigs))
         self.rows.free(self.burst.reserved)
-        self.outcomes.grow(last.branches, draws[last.num_draws + len(last.twigs) :])
+        grow(last.branches, draws[last.num_draws + len(last.twigs) :])
         step, draws = self.burst.end(last, draws)
         self.step, self.num_main_accepted = None, 0
         if self.adopted is not None or not step.ids:
@@ -352,7 +351,7 @@ class RequestState:
             is_fed = branch in step.branches
             if is_fed and is_next and self.room > 0 and not self.is_ended:
                 self._push(branch.tokens[-1])
-                self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
+                self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1][1:])
                 num_emitted = 1
         self.counts.num_discarded_steps += len(self.burst.steps) if step.ids else 0
         self.counts.log_step(self.burst.steps, 0, num_emitted, start_s, end_s)

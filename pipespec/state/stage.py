@@ -287,10 +287,11 @@ class StageState:
                 agreement = request.outcomes.stats.agreement
                 own_value *= agreement ** (num_unseen + 1)
                 next_may_wait = num_unseen < MAX_URGENT
-        values = tuple(extra.value for extra in extras)
+        values = tuple([value for value, _ in extras])
         offer = Offer(own_length, own_value, values, self.role.is_first, next_may_wait)
         takes_own, num_extras = self.policy.feed(offer)
-        return request.begin_step(most, extras[:num_extras], takes_own=takes_own)
+        chosen = [extra for _, extra in extras[:num_extras]]
+        return request.begin_step(most, chosen, takes_own=takes_own)
 
     def _ready_at(self, request: RequestState, now_s: float) -> float | None:
         """When `request` may step: now, later (the wait for candidates ends), or None (not before
