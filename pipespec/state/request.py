@@ -205,7 +205,7 @@ class RequestState:
     ) -> Step | None:
         """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
         `most`, if takes_own and own tokens may follow; and over `extras`, the best of those that
-        `offers_beside` found. None if only branches were to be fed and no row was left for them."""
+        `offers_beside` found. None if there is nothing to feed or no row left for it."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
         cases = [extra for extra in extras if not isinstance(extra, Twig)]
@@ -220,7 +220,8 @@ class RequestState:
         num_more = num_to_follow(self, has_own=bool(ids))
         feeds = place_feeds(self, twigs, branches if ids else cached, num_more)
         if not ids and not feeds.tail:
-            self.outcomes.start_over()
+            if branches:
+                self.outcomes.start_over()
             return None
         keep, self.keep = self.keep, ()
         self.step = Step(
