@@ -104,8 +104,8 @@ MUTANTS = {
     ),
     "a branch that goes on beyond its end": Mutant(
         beside,
-        "rounds = tuple(min(num_rounds, count) for count in left)",
-        "rounds = tuple(num_rounds for _ in left)",
+        "[min(num_rounds, left - 1) for left, _ in lefts]",
+        "[num_rounds for _ in lefts]",
         scenario.RELIABLE,
         ("nothing is fed that nobody wants to go on from",),
     ),

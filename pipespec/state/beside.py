@@ -81,7 +81,6 @@ def place_feeds(
     rows, reserved = block[:count], block[count:]
     # Rounds are whole, though fewer branches may be left in later ones.
     num_rounds = len(reserved) // count
-    branches = sorted(branches, key=request.outcomes.num_left, reverse=True)
     length = len(request.seq)
     feeds: list[TailToken] = []
     row_of: dict[Twig, int] = {}
@@ -90,10 +89,12 @@ def place_feeds(
         before = twig.before
         parent_row = length + before - 1 if isinstance(before, int) else row_of[before]
         feeds.append(TailToken(twig.token, length + twig.depth, row, parent_row))
-    fed = branches[: len(rows) - len(feeds)]
+    lefts = sorted(
+        zip(map(request.outcomes.num_left, branches), branches), key=itemgetter(0), reverse=True
+    )[: len(rows) - len(feeds)]
+    fed = [branch for _, branch in lefts]
     feeds += [request.outcomes.feed(branch, row) for branch, row in zip(fed, rows[len(feeds) :])]
-    left = map(request.outcomes.num_left, fed) if num_more else ()
-    rounds = tuple(min(num_rounds, count) for count in left)
+    rounds = tuple([min(num_rounds, left - 1) for left, _ in lefts] if num_more else ())
     return Feeds(tuple(feeds), tuple(twigs[: len(rows)]), tuple(fed), rounds, reserved)
 
 

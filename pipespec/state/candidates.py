@@ -108,9 +108,12 @@ class Candidates:
 
     def follow(self, token: int) -> bool:
         """The sequence grew by this token: keep what said so. True if that was the main path."""
-        branches = self._branches.pop(self._length, {})
-        self._length += 1
-        if self.main and self.main[0] == token:
+        place, self._length = self._length, self._length + 1
+        if not self.main:
+            self._hashes[0] = extend(self._hashes[0], token)
+            return False
+        branches = self._branches.pop(place, {})
+        if self.main[0] == token:
             del self.main[0], self._hashes[0]
             self._num_beside -= sum(map(len, branches.values()))
             return True

@@ -153,7 +153,7 @@ class RequestState:
             self.drafter_stopped = draft.last
         for position, tokens in branches_of(draft):
             known = common_length(self.seq, position, tokens)
-            if position <= reach and position + known >= length:
+            if length <= position + known and position <= reach:
                 self.counts.num_overflows += cands.add_branch(position + known, tokens[known:])
         return True
 
@@ -196,7 +196,7 @@ class RequestState:
 
     def num_usable(self, most: int) -> int:
         """Candidates that the next forward verifies, if it verifies at most `most`."""
-        if self.is_prefill:
+        if self.is_prefill or not self.cands.main:
             return 0
         return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
 

@@ -138,8 +138,9 @@ class StageState:
         step, length = request.step, len(request.seq)
         outgoing = request.end_step(draws, start_s, end_s)
         forwards = request.burst.steps
+        num_fed = sum([each.query_length for each in forwards])
         result = StepResult(
-            query_length=round(sum(each.query_length for each in forwards) / len(forwards)),
+            query_length=round(num_fed / len(forwards)),
             num_offered=step.num_candidates,
             num_accepted=request.num_main_accepted,
             num_emitted=len(request.seq) - length,
