@@ -111,8 +111,8 @@ MUTANTS = {
     ),
     "a branch that goes on from another's draw": Mutant(
         burst,
-        "grow(step.branches, beside)",
-        "grow(step.branches, draws[-len(step.branches) - 1 :])",
+        "beside, branches = draws[step.num_draws :],",
+        "beside, branches = draws[-len(step.branches) - 1 :],",
         scenario.RELIABLE,
         ("branches go on from their own draws",),
     ),
