@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 from itertools import count
 from operator import lt
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 
@@ -35,7 +35,7 @@ _MAX_INT: Final = (1 << 63) - 1
 _INTEGERS: Final = {int}
 
 
-class Link(Enum):
+class Link(StrEnum):
     """The three connections of a stage."""
 
     UP = "up"  # to the stage before it, towards the first draft
@@ -293,8 +293,7 @@ _FIELDS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A message with the identities that let a receiver refuse what a dead process sent.
 
     `incarnation` numbers the sender's process, `receiver_incarnation` is the receiver's as the

@@ -9,6 +9,7 @@ candidates to wait for; it reads no clock.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -232,7 +233,7 @@ class AdaptiveWait:
             return True, self._num_free(offer.own_length, len(offer.extra_values))
         sums, most = list(accumulate(offer.extra_values, initial=0.0)), len(offer.extra_values)
         best, choice = -1.0, (True, 0)
-        for count in [*(each for each in _FEEDS if each < most), most]:
+        for count in (*_FEEDS[: bisect_left(_FEEDS, most)], most):
             if offer.own_length:
                 seconds = self._steps.estimate(offer.own_length + count) or 1.0
                 rate = (offer.own_value + sums[count]) / (seconds + count * EXTRA_COST_S)

@@ -100,7 +100,7 @@ def drafted(
     for _ in range(60):
         role.batch = choice.randint(1, 5)
         if state.can_step or state.can_prepare:
-            extras = offers_beside(state, 0)
+            extras = [extra for _, extra in offers_beside(state, 0)]
             extras = extras[: choice.randint(0, len(extras))]
             takes_own = choice.random() < 0.8
             step = state.begin_step(0, extras, takes_own=takes_own)

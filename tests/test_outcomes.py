@@ -38,7 +38,7 @@ def drafter(
 
 def begin(state: RequestState) -> Step:
     """A forward over all that could be fed."""
-    return state.begin_step(16, offers_beside(state, 16))
+    return state.begin_step(16, [extra for _, extra in offers_beside(state, 16)])
 
 
 def step(state: RequestState, own: Sequence[int], *tails: Sequence[int]) -> Step:
@@ -113,7 +113,8 @@ def test_the_likelier_case_is_continued_first_until_its_length() -> None:
     assert [x.token for x in step(state, (), (9, 0)).tail] == [8]
     assert [x.token for x in step(state, (), (6, 0)).tail] == [5]
     assert [x.token for x in step(state, (), (6, 0)).tail] == [6]
-    assert not state.can_prepare
+    assert offers_beside(state, 16) == []
+    assert state.begin_step(16) is None
     verdict(state, 3, 2)
     assert own(state) == [2, 8, 9]
 
@@ -141,7 +142,8 @@ def test_a_rollback_before_the_copy_cuts_what_is_copied() -> None:
 def test_a_branch_ends_at_an_end_of_text() -> None:
     state = drafter(Budget(1, 3, 1, 8), run_ahead=1, eos=0)
     step(state, (), (0, 5))
-    assert not state.can_prepare
+    assert offers_beside(state, 16) == []
+    assert state.begin_step(16) is None
     verdict(state, 3, 2)
     assert own(state) == [2, 0]
     assert state.is_ended

@@ -47,8 +47,8 @@ GROWTH = """\
 MUTANTS = {
     "no parent check": Mutant(
         request,
-        "return start if self.hashes[start] == prefix_hash else None",
-        "return start",
+        "return self.hashes[length] == prefix_hash",
+        "return True",
         scenario.RELIABLE,
         ("a candidate was drafted on the prefix it follows",),
     ),
@@ -104,15 +104,15 @@ MUTANTS = {
     ),
     "a branch that goes on beyond its end": Mutant(
         beside,
-        "rounds = tuple(min(num_rounds, count) for count in left)",
-        "rounds = tuple(num_rounds for _ in left)",
+        "[min(num_rounds, left - 1) for left, _ in lefts]",
+        "[num_rounds for _ in lefts]",
         scenario.RELIABLE,
         ("nothing is fed that nobody wants to go on from",),
     ),
     "a branch that goes on from another's draw": Mutant(
         burst,
-        "outcomes.grow(step.branches, draws[step.num_draws :])",
-        "outcomes.grow(step.branches, draws[-len(step.branches) - 1 :])",
+        "beside, branches = draws[step.num_draws :],",
+        "beside, branches = draws[-len(step.branches) - 1 :],",
         scenario.RELIABLE,
         ("branches go on from their own draws",),
     ),

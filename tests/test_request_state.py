@@ -68,13 +68,14 @@ def test_a_draft_that_repeats_known_candidates_extends_them() -> None:
 
 
 def test_the_text_that_was_drafted_last_is_the_main_path() -> None:
-    """A drafter sends one text after the other; the earlier one is a branch then."""
+    """A drafter sends one text after the other; nothing goes on from the earlier one."""
     state = request_at(2)
     state.on_draft(draft([], [1, 2, 3]))
     state.on_draft(draft([1], [9, 8]))
     assert state.cands.main == [1, 9, 8]
-    step(state, [1, 2, 0, 0])
-    assert state.cands.main == [3]
+    state.on_draft(draft([1, 2, 3], [4]))
+    assert state.cands.main == [1, 9, 8]
+    assert state.counts.num_stale_drafts == 1
 
 
 def test_a_draft_may_be_a_tree() -> None:

@@ -31,7 +31,7 @@ def target(max_twigs: int = 4, *, num_stages: int = 2, index: int = 1) -> Reques
 
 
 def begin(state: RequestState, most: int = 16) -> Step:
-    return state.begin_step(most, offers_beside(state, most))
+    return state.begin_step(most, [extra for _, extra in offers_beside(state, most)])
 
 
 def verify(state: RequestState, after: dict[tuple[int, ...], int], most: int = 16) -> Step:
@@ -99,7 +99,7 @@ def test_the_main_path_is_accepted_as_if_there_were_no_branches() -> None:
 
 def test_what_follows_a_verified_branch_is_the_main_path_then() -> None:
     state = target(max_twigs=2)
-    draft = Draft(1, hash_tokens((*PROMPT, 1, 2, 5, 6)), 7, (3, 3), False)
+    draft = Draft(1, hash_tokens((*PROMPT, 1)), 4, (2, 5, 6, 3, 3), False, (0, 1, 2, 3))
     assert state.on_draft(draft)
     verify(state, {(): 2, (2,): 5, (2, 5): 6, (2, 5, 6): 3}, most=1)
     assert own(state) == [1, 2, 5, 6, 3]

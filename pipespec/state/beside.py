@@ -8,20 +8,24 @@ forward has time for, a policy knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipespec.messages import Draft
 from pipespec.state.candidates import Twig
-from pipespec.state.outcomes import Branch
+from pipespec.state.outcomes import Branch, Case
 from pipespec.state.tail import TailToken
 
 if TYPE_CHECKING:
     from pipespec.state.request import RequestState
 
 
-def offers_beside(request: RequestState, most: int) -> list[Twig | Branch]:
+Extra = Twig | Case
+
+
+def offers_beside(request: RequestState, most: int) -> list[tuple[float, Extra]]:
     """What the next forward could feed beside the main path, of which it verifies at most
-    `most` candidates: best first, parents before children."""
+    `most` candidates: best first, each after its value, parents before children."""
     if not request.rows.count or request.is_prefill:
         return []
     can_step = request.can_step
@@ -29,16 +33,17 @@ def offers_beside(request: RequestState, most: int) -> list[Twig | Branch]:
     end = len(request.seq) if can_step else request.kv_valid
     num_more = num_to_follow(request, has_own=True) if can_step else 0
     request.outcomes.make_room(end + num_candidates + num_more)
-    found: list[Twig | Branch] = []
+    found: list[tuple[float, Extra]] = []
     if can_step and request.role.max_twigs:
         stats = request.candidate_stats
-        found += request.cands.twigs(
+        twigs = request.cands.twigs(
             num_candidates, request.role.max_twigs, request.room - 1, stats.agreement, stats.share
         )
+        found += [(twig.value, twig) for twig in twigs]
     if not request.role.outcomes.num_ranked:
         return found
     found += request.outcomes.offers(request.acked, end)
-    return sorted(found, key=lambda extra: -extra.value) if request.role.max_twigs else found
+    return sorted(found, key=itemgetter(0), reverse=True) if request.role.max_twigs else found
 
 
 def num_to_follow(request: RequestState, *, has_own: bool) -> int:
@@ -53,11 +58,11 @@ class Feeds(NamedTuple):
     """What is fed beside the own text, and who got a place: twigs first, each after what it
     follows. rounds: as of `Step`. reserved: the cache rows for these."""
 
-    tail: tuple[TailToken, ...]
-    twigs: tuple[Twig, ...]
-    branches: tuple[Branch, ...]
-    rounds: tuple[int, ...]
-    reserved: set[int]
+    tail: tuple[TailToken, ...] = ()
+    twigs: tuple[Twig, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    rounds: tuple[int, ...] = ()
+    reserved: range = range(0)
 
 
 def place_feeds(
@@ -65,16 +70,17 @@ def place_feeds(
 ) -> Feeds:
     """Finds cache rows for what is fed beside the own text. num_more: forwards that may follow."""
     count = len(twigs) + len(branches)
+    if not count:
+        return Feeds()
     # Each row comes after those that it sees, so that a runner need not look beyond it.
     seen = [branch.rows[-1] + 1 for branch in branches if branch.rows]
     begin = _first_tail_row(request)
     block = request.rows.take(
         count * (1 + num_more), max([begin, *seen]), begin + 2 * request.rows.count
     )
-    rows, reserved = block[:count], set(block[count:])
+    rows, reserved = block[:count], block[count:]
     # Rounds are whole, though fewer branches may be left in later ones.
-    num_rounds = len(reserved) // count if count else 0
-    branches = sorted(branches, key=request.outcomes.num_left, reverse=True)
+    num_rounds = len(reserved) // count
     length = len(request.seq)
     feeds: list[TailToken] = []
     row_of: dict[Twig, int] = {}
@@ -83,10 +89,12 @@ def place_feeds(
         before = twig.before
         parent_row = length + before - 1 if isinstance(before, int) else row_of[before]
         feeds.append(TailToken(twig.token, length + twig.depth, row, parent_row))
-    fed = branches[: len(rows) - len(feeds)]
+    lefts = sorted(
+        zip(map(request.outcomes.num_left, branches), branches), key=itemgetter(0), reverse=True
+    )[: len(rows) - len(feeds)]
+    fed = [branch for _, branch in lefts]
     feeds += [request.outcomes.feed(branch, row) for branch, row in zip(fed, rows[len(feeds) :])]
-    left = map(request.outcomes.num_left, fed) if num_more else ()
-    rounds = tuple(min(num_rounds, count) for count in left)
+    rounds = tuple([min(num_rounds, left - 1) for left, _ in lefts] if num_more else ())
     return Feeds(tuple(feeds), tuple(twigs[: len(rows)]), tuple(fed), rounds, reserved)
 
 

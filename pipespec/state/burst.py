@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipespec.state.outcomes import Outcomes, Ranked
+from pipespec.state.outcomes import Ranked, grow
 from pipespec.state.step import Step
+from pipespec.state.tail import TailToken
 
 
 class Burst:
@@ -19,30 +20,34 @@ class Burst:
 
     __slots__ = ("_drawn", "is_cut", "reserved", "steps")
 
-    def __init__(self, reserved: set[int]) -> None:
+    def __init__(self, reserved: range) -> None:
         self.steps: list[Step] = []
         self._drawn: list[Ranked] = []  # for the own sequence
         self.reserved = reserved
         self.is_cut = False
 
-    def go_on(self, step: Step, draws: Sequence[Ranked], outcomes: Outcomes) -> Step | None:
+    def go_on(self, step: Step, draws: Sequence[Ranked]) -> Step | None:
         """`step` drew this: the forward that follows it; None if there is none. Branches grow."""
-        rounds = tuple(left - 1 for left in step.rounds if left)
+        rounds = tuple([left - 1 for left in step.rounds if left])
         if not step.num_more or not (step.ids or rounds):
             return None
-        outcomes.grow(step.branches, draws[step.num_draws :])
+        beside, branches = draws[step.num_draws :], step.branches[: len(rounds)]
+        grow(step.branches, beside)
         self.steps.append(step)
         self._drawn += draws[: step.num_draws]
-        branches = step.branches[: len(rounds)]
-        first_row = step.tail[-1].row + 1 if branches else 0
-        tail = tuple(outcomes.feed(branch, row) for row, branch in enumerate(branches, first_row))
-        self.reserved.difference_update(feed.row for feed in tail)
+        tail = [
+            TailToken(ranked[0], before.position + 1, row, before.row)
+            for ranked, before, row in zip(beside, step.tail, self.reserved[: len(rounds)])
+        ]
+        for branch, feed in zip(branches, tail):
+            branch.rows.append(feed.row)
+        self.reserved = self.reserved[len(rounds) :]
         return Step(
             step.request,
             step.end,
             (draws[0][0],) if step.ids else (),
             0,
-            tail=tail,
+            tail=tuple(tail),
             branches=branches,
             num_more=step.num_more - 1,
             rounds=rounds,

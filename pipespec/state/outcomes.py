@@ -12,7 +12,6 @@ how many are fed in a forward by a policy, from their values. Plain data, as all
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from operator import itemgetter
 from pipespec.state.tail import TailRows, TailToken
 
 Ranked = tuple[int, ...]  # token ids, best first
+Case = tuple[int, int]  # a verdict puts at this position this token
 LEAST_CHANCE = 0.01  # of a case; what is less likely is not looked at
 LEAST_ALIVE = 0.002  # chance that a verdict accepts a token; what is less likely is not drafted
 
@@ -45,14 +45,11 @@ class Budget:
 class Branch:
     """The case that a verdict puts `tokens[0]` at `position`; the other tokens continue it.
 
-    rows: of the cache, of the tokens that were fed. ranked: beside each token that continues it,
-    the tokens ranked below. value: how likely its next token will be drafted for the case that
-    occurs and be accepted.
+    rows: of the cache, of the tokens that were fed. ranked: what was drawn after each of them.
     """
 
     position: int
     tokens: list[int]
-    value: float = 0.0
     rows: list[int] = field(default_factory=list)
     ranked: list[Ranked] = field(default_factory=list)
     num_sent: int = 0
@@ -106,7 +103,7 @@ class Outcomes:
         self._limit = limit
         self._length = min(budget.length, run_ahead)
         self.stats = RankStats(budget.num_ranked)
-        self.branches: dict[tuple[int, int], Branch] = {}  # by position and first token
+        self.branches: dict[Case, Branch] = {}
         self._alternatives: dict[int, Ranked] = {}  # by position
         self._eos = eos
         self._rows = rows
@@ -127,20 +124,19 @@ class Outcomes:
         rank = None if correction is None else self.rank(position, correction)
         self.stats.observe(num_right, rank, corrected=is_corrected)
 
-    def offers(self, acked: int, end: int) -> list[Branch]:
-        """Branches that could grow by a token in the next forward, best first; `value` is set.
+    def offers(self, acked: int, end: int) -> list[tuple[float, Case]]:
+        """Cases whose branches could grow by a token in the next forward, best first, each after
+        its value: how likely it is that this token will be drafted for what occurs and accepted.
 
         acked: where the next verdict begins. end: own tokens before it have their rows in the cache
         after this forward.
         """
         most = min(self.budget.num_feeds, self._rows.num_free)
-        found: list[Branch] = []
-        cases = heapq.nlargest(most, self._open(acked, end), key=itemgetter(0))
-        for value, position, token in cases:
-            branch = self.branches.get((position, token)) or Branch(position, [token])
-            branch.value = value
-            found.append(branch)
-        return found
+        return sorted(self._open(acked, end), key=itemgetter(0), reverse=True)[:most]
+
+    def branch(self, case: Case) -> Branch:
+        """What is known of the case until now."""
+        return self.branches.get(case) or Branch(case[0], [case[1]])
 
     def feed(self, branch: Branch, row: int) -> TailToken:
         """The branch's next token, to be stored in `row`."""
@@ -153,13 +149,6 @@ class Outcomes:
         feed = TailToken(tokens[-1], position + len(rows), row, parent_row)
         rows.append(row)
         return feed
-
-    def grow(self, branches: Iterable[Branch], draws: Iterable[Ranked]) -> None:
-        """What was drawn after the token that each was last fed; again is as good as once."""
-        for branch, ranked in zip(branches, draws):
-            if len(branch.tokens) == len(branch.rows):
-                branch.tokens.append(ranked[0])
-                branch.ranked.append(ranked[1:])
 
     def num_left(self, branch: Branch) -> int:
         """How many tokens of the branch may yet be fed."""
@@ -218,35 +207,41 @@ class Outcomes:
         """The branch's case occurred; the own sequence now holds its tokens."""
         self.clear(branch.position)
         for offset, ranked in enumerate(branch.ranked, 1):
-            self.learn(branch.position + offset, ranked)
+            self.learn(branch.position + offset, ranked[1:])
 
     def make_room(self, end: int) -> None:
         """The own sequence needs all cache rows before `end`."""
         self._drop([k for k, branch in self.branches.items() if branch.rows[0] < end])
 
-    def _open(self, acked: int, end: int) -> list[tuple[float, int, int]]:
-        """Cases that could be continued for longer, at positions from `acked` to `end`: their
-        values, positions and first tokens."""
-        found: list[tuple[float, int, int]] = []
+    def _open(self, acked: int, end: int) -> list[tuple[float, Case]]:
+        """Cases that could be continued for longer, at positions from `acked` to `end`."""
+        found: list[tuple[float, Case]] = []
         agreement = self.stats.agreement
         shares = [self.stats.share(rank) for rank in range(self.budget.num_ranked)]
-        chance = 1.0 - agreement
+        chance, branches = 1.0 - agreement, self.branches
         for position in range(acked, min(end, self._limit - 2) + 1):
             if chance < LEAST_CHANCE:
                 break
             for token, share in zip(self._alternatives.get(position, ()), shares):
-                branch = self.branches.get((position, token))
+                case = position, token
+                branch = branches.get(case)
                 if branch is None and token not in self._eos:
-                    found.append((chance * share, position, token))
+                    found.append((chance * share, case))
                 elif branch is not None and self._goes_on(branch):
-                    value = chance * share * agreement ** len(branch.rows)
-                    found.append((value, position, token))
+                    found.append((chance * share * agreement ** len(branch.rows), case))
             chance *= agreement
         return found
 
     def _goes_on(self, branch: Branch) -> bool:
         return self.num_left(branch) > 0 and self._eos.isdisjoint(branch.tokens)
 
-    def _drop(self, keys: Iterable[tuple[int, int]]) -> None:
-        for key in keys:
-            self._rows.free(self.branches.pop(key).rows)
+    def _drop(self, cases: Iterable[Case]) -> None:
+        for case in cases:
+            self._rows.free(self.branches.pop(case).rows)
+
+
+def grow(branches: Iterable[Branch], draws: Iterable[Ranked]) -> None:
+    """What was drawn after the token that each was last fed."""
+    for branch, ranked in zip(branches, draws):
+        branch.tokens.append(ranked[0])
+        branch.ranked.append(ranked)

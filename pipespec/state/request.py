@@ -22,15 +22,16 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from pipespec.hashing import ROOT, extend
 from pipespec.messages import Draft, Link, Message, Submit, Verdict
-from pipespec.state.beside import make_draft, num_to_follow, place_feeds
+from pipespec.state.beside import Extra, make_draft, num_to_follow, place_feeds
 from pipespec.state.burst import Burst
-from pipespec.state.candidates import Candidates, Node, Twig
+from pipespec.state.candidates import Candidates, Twig, branches_of, common_length
 from pipespec.state.counts import Counts
-from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats
-from pipespec.state.step import Role, Step, common_length
+from pipespec.state.outcomes import Branch, Outcomes, Ranked, RankStats, grow
+from pipespec.state.step import Role, Step
 from pipespec.state.tail import TailRows
 from pipespec.state.tell import tell, tell_all
 from pipespec.state.verification import verify
@@ -64,13 +65,13 @@ class RequestState:
         self.context_is_short = not role.is_last and role.context_length + 1 < self.limit
         if self.context_is_short:
             self.limit = role.context_length + 1
-        self.seq: list[int] = []
-        self.hashes = array("Q", [ROOT])  # hashes[n] names seq[:n]
+        self.seq = list(submit.prompt)
+        # hashes[n] names seq[:n]
+        self.hashes = array("Q", accumulate(submit.prompt, extend, initial=ROOT))
         self.drafter_stopped = False  # nothing follows `cands` until the drafter hears from us
         self.finish_reason = ""
-        for token in submit.prompt:
-            self._append(token)
-        self.cands = Candidates(self.hashes[-1], role.max_candidates + role.max_branch_tokens)
+        most = role.max_candidates + role.max_branch_tokens
+        self.cands = Candidates(self.prompt_len, self.hashes[-1], most)
         for token in submit.committed:
             self._push(token)
             if role.is_last:
@@ -82,7 +83,7 @@ class RequestState:
         self.output_at_s = -math.inf
         self.kv_valid = 0  # the runner's cache holds seq[:kv_valid]
         self.step: Step | None = None  # the forward in flight
-        self.burst = Burst(set())
+        self.burst = Burst(range(0))
         self.intact = 0  # how much of seq no verdict has touched since the step in flight began
         self.waiting_until: float | None = None
         num_rows = role.outcomes.num_rows if role.outcomes.num_ranked else 0
@@ -124,11 +125,9 @@ class RequestState:
 
     @property
     def can_prepare(self) -> bool:
-        """Outcomes may be prepared although no own tokens may follow: only a first draft has the
-        time."""
-        if not self.role.is_first or self.step is not None or self.is_prefill:
-            return False
-        return bool(self.outcomes.offers(self.acked, self.kv_valid))
+        """Outcomes, if any are left, may be prepared although no own tokens may follow: only a
+        first draft has the time."""
+        return self.role.is_first and self.step is None and self.rows.count > 0
 
     @property
     def is_prefill(self) -> bool:
@@ -140,24 +139,22 @@ class RequestState:
     def on_draft(self, draft: Draft) -> bool:
         """Tokens that may follow; False if they follow a prefix that is not held here. Nothing is
         sent: what they lead to is seen at the next step."""
-        before = self._place(draft.start, draft.parent)
-        if before is None:
+        start, length = draft.start, len(self.seq)
+        if not self._holds(start, draft.parent):
             self.counts.num_stale_drafts += len(draft.tokens)
             return False
-        places: list[int | Node | None] = []
-        follows: int | Node | None = before
-        num_own = draft.num_own
-        for token in draft.tokens[:num_own]:
-            follows = self._follow(follows, token, is_own=True)
-            places.append(follows)
-        says_end = num_own > 0 or not draft.parents
-        if says_end and isinstance(follows, Node) and self.cands.ends_main(follows):
+        cands, own = self.cands, draft.tokens[: draft.num_own]
+        reach = start + common_length(self.seq, start, own)  # so far it says what is held here
+        if reach >= length:
+            num_refused = cands.add(reach, own[reach - start :])
+            self.counts.num_overflows += num_refused
+            reach = start + len(own) - num_refused
+        if (own or not draft.parents) and reach == start + len(own) == cands.end:
             self.drafter_stopped = draft.last
-        for token, parent in zip(draft.tokens[num_own:], draft.parents):
-            follows = places[parent] if parent >= 0 else before
-            if follows is not None:
-                follows = self._follow(follows, token, is_own=False)
-            places.append(follows)
+        for position, tokens in branches_of(draft):
+            known = common_length(self.seq, position, tokens)
+            if length <= position + known and position <= reach:
+                self.counts.num_overflows += cands.add_branch(position + known, tokens[known:])
         return True
 
     def on_verdict(self, verdict: Verdict) -> list[Outgoing]:
@@ -199,19 +196,20 @@ class RequestState:
 
     def num_usable(self, most: int) -> int:
         """Candidates that the next forward verifies, if it verifies at most `most`."""
-        if self.is_prefill:
+        if self.is_prefill or not self.cands.main:
             return 0
         return min(len(self.cands.main), self.role.max_candidates, self.room - 1, most)
 
     def begin_step(
-        self, most: int, extras: Sequence[Twig | Branch] = (), *, takes_own: bool = True
+        self, most: int, extras: Sequence[Extra] = (), *, takes_own: bool = True
     ) -> Step | None:
         """Starts a forward: over what the cache lacks and as many candidates as are of use, at most
-        `most`, if takes_own and own tokens may follow; and over `extras`, the best of
-        `offers_beside`. None if only branches were to be fed and no rows were left for them."""
+        `most`, if takes_own and own tokens may follow; and over `extras`, the best of those that
+        `offers_beside` found. None if there is nothing to feed or no row left for it."""
         num_candidates, start = 0, self.kv_valid
         ids: tuple[int, ...] = ()
-        branches = [extra for extra in extras if isinstance(extra, Branch)]
+        cases = [extra for extra in extras if not isinstance(extra, Twig)]
+        branches = [self.outcomes.branch(case) for case in cases]
         cached = [branch for branch in branches if branch.position <= start]
         twigs: list[Twig] = []
         if self.can_step and (takes_own or not cached):
@@ -222,7 +220,8 @@ class RequestState:
         num_more = num_to_follow(self, has_own=bool(ids))
         feeds = place_feeds(self, twigs, branches if ids else cached, num_more)
         if not ids and not feeds.tail:
-            self.outcomes.start_over()
+            if branches:
+                self.outcomes.start_over()
             return None
         keep, self.keep = self.keep, ()
         self.step = Step(
@@ -240,7 +239,7 @@ class RequestState:
         the draws are for `end_step` then."""
         if self.step is None or self.burst.is_cut:
             return None
-        following = self.burst.go_on(self.step, draws, self.outcomes)
+        following = self.burst.go_on(self.step, draws)
         self.step = following or self.step
         return following
 
@@ -251,7 +250,7 @@ class RequestState:
         assert last is not None and len(draws) == last.num_draws + len(last.tail)
         self.rows.free(feed.row for feed, _ in zip(last.tail, last.twigs))
         self.rows.free(self.burst.reserved)
-        self.outcomes.grow(last.branches, draws[last.num_draws + len(last.twigs) :])
+        grow(last.branches, draws[last.num_draws + len(last.twigs) :])
         step, draws = self.burst.end(last, draws)
         self.step, self.num_main_accepted = None, 0
         if self.adopted is not None or not step.ids:
@@ -275,8 +274,8 @@ class RequestState:
         verified = verify(step, draws, first_new - step.base)
         if self.role.max_twigs and step.num_candidates:
             is_rejected = first_new + verified.num_main < step.end
-            *accepted, token = (ranked[0] for ranked in verified.draws[: verified.num_main + 1])
-            rank = self.cands.rank(accepted, token) if is_rejected else None
+            token = verified.draws[verified.num_main][0]
+            rank = self.cands.rank(verified.num_main, token) if is_rejected else None
             self.candidate_stats.observe(verified.num_main, rank, corrected=is_rejected)
         for token, *others in verified.draws:
             if self.is_ended or self.remaining <= 0:
@@ -321,28 +320,11 @@ class RequestState:
 
     # -- parts of the transitions -----------------------------------------------------------
 
-    def _place(self, start: int, prefix_hash: int) -> int | Node | None:
-        """Where a draft begins: an own position, a candidate, or nowhere that is held here. The
-        end of the own tokens is the root of the candidates."""
-        if start < len(self.seq):
-            return start if self.hashes[start] == prefix_hash else None
-        return self.cands.find(prefix_hash)
-
-    def _follow(self, before: int | Node | None, token: int, *, is_own: bool) -> int | Node | None:
-        """Where a drafted token is, given what it follows; None: nowhere (the verdict that says so
-        is on its way already, or there is no room)."""
-        if isinstance(before, Node):
-            node = self.cands.add(before, token, is_own=is_own)
-            if node is None:
-                self.counts.num_overflows += 1
-            return node
-        if before is None or self.seq[before] != token:
-            return None
-        return before + 1 if before + 1 < len(self.seq) else self.cands.root
-
-    def _append(self, token: int) -> None:
-        self.seq.append(token)
-        self.hashes.append(extend(self.hashes[-1], token))
+    def _holds(self, length: int, prefix_hash: int) -> bool:
+        """Whether so many own tokens and candidates have this hash."""
+        if length < len(self.seq):
+            return self.hashes[length] == prefix_hash
+        return self.cands.has(length, prefix_hash)
 
     def _adopt(self, branch: Branch, num_known: int) -> None:
         """A prepared verdict came and brought `num_known` of the branch's tokens: go on with the
@@ -370,7 +352,7 @@ class RequestState:
             is_fed = branch in step.branches
             if is_fed and is_next and self.room > 0 and not self.is_ended:
                 self._push(branch.tokens[-1])
-                self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1])
+                self.outcomes.learn(len(self.seq) - 1, branch.ranked[-1][1:])
                 num_emitted = 1
         self.counts.num_discarded_steps += len(self.burst.steps) if step.ids else 0
         self.counts.log_step(self.burst.steps, 0, num_emitted, start_s, end_s)
@@ -379,9 +361,10 @@ class RequestState:
 
     def _push(self, token: int) -> None:
         """Own tokens grow by one: consume the candidate that says the same, or drop the branch."""
-        self._append(token)
-        if not self.cands.follow(token, self.hashes[-1]):
+        if not self.cands.follow(token):
             self.drafter_stopped = False
+        self.seq.append(token)
+        self.hashes.append(self.cands.prefix_hash)
 
     def _roll_back(self, length: int) -> None:
         num_removed = len(self.seq) - length
@@ -390,7 +373,7 @@ class RequestState:
         self.drafter_stopped = False
         del self.seq[length:]
         del self.hashes[length + 1 :]
-        self.cands.clear(self.hashes[-1])
+        self.cands.clear(length, self.hashes[-1])
         self.outcomes.clear(length)
         self.adopted = None
         self.keep = self.keep[: max(0, length - self.keep_start)]

@@ -138,8 +138,9 @@ class StageState:
         step, length = request.step, len(request.seq)
         outgoing = request.end_step(draws, start_s, end_s)
         forwards = request.burst.steps
+        num_fed = sum([each.query_length for each in forwards])
         result = StepResult(
-            query_length=round(sum(each.query_length for each in forwards) / len(forwards)),
+            query_length=round(num_fed / len(forwards)),
             num_offered=step.num_candidates,
             num_accepted=request.num_main_accepted,
             num_emitted=len(request.seq) - length,
@@ -287,10 +288,11 @@ class StageState:
                 agreement = request.outcomes.stats.agreement
                 own_value *= agreement ** (num_unseen + 1)
                 next_may_wait = num_unseen < MAX_URGENT
-        values = tuple(extra.value for extra in extras)
+        values = tuple([value for value, _ in extras])
         offer = Offer(own_length, own_value, values, self.role.is_first, next_may_wait)
         takes_own, num_extras = self.policy.feed(offer)
-        return request.begin_step(most, extras[:num_extras], takes_own=takes_own)
+        chosen = [extra for _, extra in extras[:num_extras]]
+        return request.begin_step(most, chosen, takes_own=takes_own)
 
     def _ready_at(self, request: RequestState, now_s: float) -> float | None:
         """When `request` may step: now, later (the wait for candidates ends), or None (not before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -132,12 +131,3 @@ class Step(NamedTuple):
     @property
     def end(self) -> int:
         return self.start + len(self.ids)
-
-
-def common_length(seq: Sequence[int], start: int, tokens: Sequence[int]) -> int:
-    """How many of `tokens` equal `seq[start:]`, in order."""
-    own = seq[start : start + len(tokens)]
-    for count, (mine, theirs) in enumerate(zip(own, tokens)):
-        if mine != theirs:
-            return count
-    return len(own)

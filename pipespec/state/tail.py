@@ -39,7 +39,7 @@ class TailRows:
         row `first` on and before `end`; fewer, if there are not so many."""
         count = min(count, self.num_free)
         start, best = first, range(0)
-        for row in (*sorted(used for used in self._used if first <= used < end), end):
+        for row in (*sorted([used for used in self._used if first <= used < end]), end):
             if row - start > len(best):
                 best = range(start, min(row, start + count))
             if len(best) == count:
