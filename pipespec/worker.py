@@ -131,6 +131,12 @@ class StageSession:
                     is_connected = True
         return True
 
+    def leave_neighbours(self) -> None:
+        """Closes the links to other stages. A request needs nothing of them any more, and one that
+        was killed would be waited for."""
+        for link in (Link.UP, Link.DOWN):
+            self.transport.drop(link)
+
     def _greet_next(self, endpoint: str) -> None:
         if self.is_target:
             return
@@ -236,6 +242,8 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = serve_model) -> 
             log.exception("failed while %s", session.phase)
             session.report(fault_of(error))
             return 1
+        finally:
+            session.leave_neighbours()
     return 0
 
 
