@@ -194,7 +194,7 @@ class ZmqTransport(Generic[K]):
         return [frame for _, frame in received]
 
     def drop(self, link: K) -> None:
-        """Closes a link at once: what it has not delivered is lost. Does nothing if it is closed."""
+        """Closes a link at once; what it has not delivered is lost. Nothing if it is closed."""
         if link in self._sockets:
             self._sockets[link].setsockopt(zmq.LINGER, 0)
             self._discard(link)

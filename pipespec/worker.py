@@ -121,7 +121,7 @@ class StageSession:
                 )
             if not is_heard:
                 is_heard = bool(self.transport.receive_from(Link.UP, timeout_s=0.05))
-            # Once connected it only looks for a Shutdown: whatever else is missing comes from above.
+            # Once connected it only looks for a Shutdown: what else is missing comes from above.
             wait_s = 0.0 if is_connected else 0.5 if is_heard else 0.05
             for frame in self.transport.receive_from(Link.LAUNCHER, wait_s):
                 if isinstance(frame.message, Shutdown):
