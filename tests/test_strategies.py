@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import one_thread  # noqa: F401
 
 from pipespec.commands.equality import NEAR_TIE, first_divergence, with_margins
 from pipespec.config import GenerationParams, ModelConfig, SamplingParams, Schedule
