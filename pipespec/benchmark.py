@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipespec.commands.arguments import (
     Parser,
@@ -41,7 +42,12 @@ from pipespec.commands.tracking import open_tracker, tracking_folder
 from pipespec.config import STRATEGIES
 from pipespec.errors import DataError, UsageError
 from pipespec.gpu_monitor import DEFAULT_INTERVAL_S
-from pipespec.results import OutputPlan, load_results, metadata_differences
+from pipespec.results import (
+    OutputPlan,
+    describe_environment,
+    load_results,
+    metadata_differences,
+)
 from pipespec.tracking import RunTracker, Tracker
 
 
@@ -123,12 +129,14 @@ def _run_all(options: Namespace, settings: Settings, tracker: Tracker, display: 
     for warning in inputs.warnings:
         display.line(f"note: {warning}")
     output_dir: Path = options.output_dir or Path("results") / inputs.dataset.name
+    environment = describe_environment()
     runs = [
         plan_run(
             strategy,
             settings,
             inputs,
             output_dir,
+            environment,
             force=options.force,
             resume=options.resume,
             drop_stages=options.drop_stages,
@@ -140,7 +148,10 @@ def _run_all(options: Namespace, settings: Settings, tracker: Tracker, display: 
             f"--trace: everything is in {output_dir} already, nothing would run; add --force, or "
             "name another --output-dir"
         )
-    greedy = _stored_greedy(settings, inputs, output_dir, runs, display)
+    greedy: Sequence[Result] = ()
+    if "greedy" not in settings.strategies:
+        path, wanted = describe_run("greedy", settings, inputs, output_dir, environment)
+        greedy = _stored_greedy(path, wanted, display)
     with tracing(options.trace, display) as trace:
         settings = replace(settings, trace=trace, monitor_interval_s=options.monitor_interval)
         for run in runs:
@@ -186,13 +197,9 @@ def _dry_run(settings: Settings, display: Display) -> int:
     return 0
 
 
-def _stored_greedy(
-    settings: Settings, inputs: Inputs, output_dir: Path, runs: Sequence[Run], display: Display
-) -> Sequence[Result]:
-    """Results of an earlier greedy run on the same prompts, if it is not part of this command."""
-    if any(run.strategy == "greedy" for run in runs):
-        return ()
-    path, wanted = describe_run("greedy", settings, inputs, output_dir)
+def _stored_greedy(path: Path, wanted: Mapping[str, Any], display: Display) -> Sequence[Result]:
+    """Results of an earlier greedy run on the same prompts: what stands at `path`, if its metadata
+    are the wanted ones."""
     if not path.exists():
         return ()
     try:

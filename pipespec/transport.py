@@ -193,6 +193,12 @@ class ZmqTransport(Generic[K]):
             self._drain(socket, received)
         return [frame for _, frame in received]
 
+    def drop(self, link: K) -> None:
+        """Closes a link at once; what it has not delivered is lost. Nothing if it is closed."""
+        if link in self._sockets:
+            self._sockets[link].setsockopt(zmq.LINGER, 0)
+            self._discard(link)
+
     def close(self) -> None:
         """See `Transport.close`. Takes at most `linger_s`; removes the files of ipc endpoints."""
         for link in list(self._sockets):

@@ -121,7 +121,8 @@ class StageSession:
                 )
             if not is_heard:
                 is_heard = bool(self.transport.receive_from(Link.UP, timeout_s=0.05))
-            wait_s = 0.5 if is_heard else 0.05
+            # Once connected it only looks for a Shutdown: what else is missing comes from above.
+            wait_s = 0.0 if is_connected else 0.5 if is_heard else 0.05
             for frame in self.transport.receive_from(Link.LAUNCHER, wait_s):
                 if isinstance(frame.message, Shutdown):
                     return False
@@ -129,6 +130,12 @@ class StageSession:
                     self._greet_next(frame.message.endpoint)
                     is_connected = True
         return True
+
+    def leave_neighbours(self) -> None:
+        """Closes the links to other stages. A request needs nothing of them any more, and one that
+        was killed would be waited for."""
+        for link in (Link.UP, Link.DOWN):
+            self.transport.drop(link)
 
     def _greet_next(self, endpoint: str) -> None:
         if self.is_target:
@@ -235,6 +242,8 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = serve_model) -> 
             log.exception("failed while %s", session.phase)
             session.report(fault_of(error))
             return 1
+        finally:
+            session.leave_neighbours()
     return 0
 
 

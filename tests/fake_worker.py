@@ -111,7 +111,8 @@ class FailingRunner:
 
     @property
     def info(self) -> RunnerInfo:
-        return replace(self._runner.info, num_tail_rows=0)  # no branches: one way to feed
+        # Neither branches nor a free processor: one way to feed.
+        return replace(self._runner.info, num_tail_rows=0, frees_processor=False)
 
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
         self._num_left -= 1

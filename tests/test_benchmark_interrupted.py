@@ -22,7 +22,7 @@ from pipespec import benchmark
 from pipespec.results import load_results, partial_path
 
 DEADLINE_S = 30.0
-NUM_SAMPLES = 60  # of about 40 ms each: long after the second is done, the run still goes on
+NUM_SAMPLES = 40  # of about 40 ms each: long after the second is done, the run still goes on
 NAMES = {"greedy": "greedy_target.json", "async-chain": "async-chain_draft-target_auto.json"}
 
 

@@ -186,7 +186,7 @@ def test_nobody_to_race_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_interrupted_race_keeps_its_turns_and_prints_their_tables(
     number: signal.Signals, exit_code: int, says: str, tmp_path: Path
 ) -> None:
-    flags = [*emulated_flags(tmp_path, target_ms=20.0), "--rounds", "500"]
+    flags = [*emulated_flags(tmp_path, target_ms=10.0), "--rounds", "500"]
     flags += ["--only", "greedy", "async-chain"]
     path = tmp_path / "race.json"
     with nothing_left_in(tmp_path), python("-m", "pipespec.compare", *flags) as process:
@@ -204,7 +204,7 @@ def test_an_interrupted_race_keeps_its_turns_and_prints_their_tables(
 
 
 def test_a_killed_race_leaves_nothing_behind(tmp_path: Path) -> None:
-    flags = [*emulated_flags(tmp_path, target_ms=20.0), "--rounds", "500"]
+    flags = [*emulated_flags(tmp_path, target_ms=10.0), "--rounds", "500"]
     path = tmp_path / "race.json"
     flags += ["--only", "greedy", "async-chain"]
     with nothing_left_in(tmp_path), python("-m", "pipespec.compare", *flags) as process:
@@ -216,7 +216,7 @@ def test_a_killed_race_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_killed_contestant_leaves_nothing_behind(tmp_path: Path) -> None:
-    flags = [*emulated_flags(tmp_path, target_ms=20.0), "--rounds", "8"]
+    flags = [*emulated_flags(tmp_path, target_ms=10.0), "--rounds", "8"]
     path = tmp_path / "race.json"
     flags += ["--only", "greedy", "async-chain"]
     with nothing_left_in(tmp_path), python("-m", "pipespec.compare", *flags) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import one_thread  # noqa: F401
 from transformers import LlamaForCausalLM
 
 from pipespec.demo.learner import new_model

@@ -21,8 +21,8 @@ from pipespec.results.reading import RunFile
 PROMPTS = ("def mean(values):", "class Stack:", "import os\n")
 NUM_TOKENS = 64
 # Slower than the target that it drafts for; and a draft that is mostly wrong and slow, too.
-USELESS_MIDDLE = (("draft", 1, 0.9), ("middle", 24, 0.98), ("target", 6, None))
-USELESS_DRAFT = (("draft", 18, 0.1), ("target", 6, None))
+USELESS_MIDDLE = (("draft", 1, 0.9), ("middle", 16, 0.98), ("target", 4, None))
+USELESS_DRAFT = (("draft", 12, 0.1), ("target", 4, None))
 
 
 def write_models(folder: Path, models: tuple[tuple[str, float, float | None], ...]) -> str:

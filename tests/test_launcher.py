@@ -23,10 +23,11 @@ from pipespec.config import ModelConfig, SamplingParams, Schedule
 from pipespec.errors import ModelLoadError, StageError, UsageError
 from pipespec.interrupts import hold_interrupts, install_signal_handlers
 from pipespec.launcher import Pipeline, StageStatus
-from pipespec.messages import Message, Output, Stats, Submit
+from pipespec.messages import Connect, Frame, Hello, Link, Message, Output, Stats, Submit
 from pipespec.placement import StagePlacement
 from pipespec.stage_process import stage_environment
 from pipespec.transport import Keys
+from pipespec.worker import StageSession
 from pipespec.worker_spec import RunSpec, StageSpec, make_run_dir, read_spec, write_spec
 
 
@@ -82,6 +83,33 @@ def test_progress_is_reported_until_all_are_ready() -> None:
         assert [status.index for status in last] == [0, 1]
         assert tuple(status.pid for status in last) == pipeline.pids
         assert pipeline.infos[0]["load_s"] == 0.25
+
+
+class Scripted:
+    """A transport on which one frame comes after the other, and that counts waits for nothing."""
+
+    def __init__(self, frames: list[tuple[Link, Frame]]) -> None:
+        self._frames = frames
+        self.waited_s = 0.0
+
+    def receive_from(self, link: Link, timeout_s: float) -> list[Frame]:
+        if self._frames and self._frames[0][0] is link:
+            return [self._frames.pop(0)[1]]
+        self.waited_s += timeout_s
+        return []
+
+
+@pytest.mark.parametrize("first", [Link.LAUNCHER, Link.UP])
+def test_a_stage_that_has_heard_its_neighbours_starts_at_once(first: Link) -> None:
+    frames = [
+        (Link.LAUNCHER, Frame(1023, 1, 1, 0, Connect(""))),
+        (Link.UP, Frame(0, 1, 1, 0, Hello(0, 1, "", "", ""))),
+    ]
+    transport = Scripted(sorted(frames, key=lambda item: item[0] is not first))
+    stages = (StageSpec(ModelConfig("m", ("cpu",)), StagePlacement("cpu"), None, None),) * 2
+    spec = RunSpec(0, "ipc", None, Schedule(), 100, None, "", 1, 60.0, stages)
+    assert StageSession(1, Path(), spec, transport).await_neighbours()  # type: ignore[arg-type]
+    assert transport.waited_s < 0.1
 
 
 def test_a_worker_is_told_apart_in_ps_and_limited_before_it_starts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,12 +93,33 @@ LIGHT = (
 )
 
 
+HEAVY = ("torch", "transformers", "datasets", "scipy", "matplotlib", "wandb")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """What of `HEAVY` each of `LIGHT` loads that none before it did: one process imports them all,
+    and between two of them forgets this package."""
+    code = (
+        "import importlib, json, sys\n"
+        "unseen = set(sys.argv[1].split())\n"
+        "for module in sys.argv[2:]:\n"
+        "    importlib.import_module(module)\n"
+        "    print(json.dumps([module, sorted(unseen & set(sys.modules))]))\n"
+        "    unseen -= set(sys.modules)\n"
+        "    for name in [name for name in sys.modules if name.split('.')[0] == 'pipespec']:\n"
+        "        del sys.modules[name]\n"
+    )
+    run = run_python(code, " ".join(HEAVY), *LIGHT)
+    assert run.returncode == 0, run.stderr
+    return dict(map(json.loads, run.stdout.splitlines()))
+
+
 @pytest.mark.parametrize("module", LIGHT)
-def test_importing_it_loads_neither_torch_nor_transformers(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'matplotlib', 'wandb'}"
-    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
-    run = run_python(code)
-    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+def test_importing_it_loads_neither_torch_nor_transformers(
+    module: str, loaded: dict[str, list[str]]
+) -> None:
+    assert loaded[module] == []
 
 
 def test_files_stay_readable() -> None:

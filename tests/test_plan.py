@@ -192,7 +192,7 @@ def test_async_chain_is_predicted_to_the_last_verification_too(tmp_path: Path) -
 def emulated_flags(tmp_path: Path) -> list[str]:
     """A draft four times as fast as the target, and two prompts."""
     data = write_prompts(tmp_path, PROMPTS)
-    config = write_emulated(tmp_path, target_ms=8.0)
+    config = write_emulated(tmp_path, target_ms=4.0)
     return ["--models-config-path", config, "--dataset", data, "--max-new-tokens", "24"]
 
 
@@ -226,7 +226,7 @@ def test_a_device_more_is_answered_for_target_and_draft(
     emulated_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tables = tmp_path / "tables.json"
-    tables.write_text(json.dumps({"1": {"1": 8.0}, "2": {"1": 7.0}}))
+    tables.write_text(json.dumps({"1": {"1": 4.0}, "2": {"1": 3.5}}))
     printed = shown(
         [*emulated_flags, "--target-step-ms", str(tables), "--num-devices", "2"], capsys
     )

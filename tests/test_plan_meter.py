@@ -145,7 +145,10 @@ def test_a_process_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None
         assert caught.value.log_tail == ("so long",)
 
 
-def test_one_that_does_not_answer_is_given_up_and_killed(tmp_path: Path) -> None:
+def test_one_that_does_not_answer_is_given_up_and_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipespec.planning.meters._END_TIMEOUT_S", 0.2)
     deaf = script("import time", "time.sleep(600)")
     with nothing_left_in(tmp_path), Meters(deaf) as meters:
         process = meters.start(stage())

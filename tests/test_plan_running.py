@@ -14,6 +14,7 @@ from processes import nothing_left_in
 from pipespec.config import GenerationParams, load_models_config
 from pipespec.decoding import open_hierarchy
 from pipespec.metrics import StageCounts
+from pipespec.planning import running
 from pipespec.planning.running import Runs, loop_s, turn_s
 from pipespec.planning.system import PlanModel
 from pipespec.state.counts import Counts
@@ -76,8 +77,11 @@ class HalfTimes:
         return self.step_s / 2
 
 
-def test_every_strategy_is_measured_where_it_runs(tmp_path: Path) -> None:
+def test_every_strategy_is_measured_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All models take twice as long in a run as they are said to take alone."""
+    monkeypatch.setattr(running, "_ENOUGH_S", 0.3)
     steps_ms = (2.0, 4.0, 8.0)
     config = write_emulated(tmp_path, 3, target_ms=8.0)
     values = json.loads(Path(config).read_text())

@@ -141,10 +141,10 @@ def share_inside(output: Generation) -> float:
 def test_drafts_are_computed_while_the_target_computes() -> None:
     hierarchy = emulated("draft", "target", steps_ms=(5.0, 40.0))
     with AsyncChainSpeculativeDecoder(hierarchy) as decoder:
-        overlapping = decoder.generate(PROMPT, limit(32))
+        overlapping = decoder.generate(PROMPT, limit(24))
     with closing(ChainSpeculativeDecoder(hierarchy)) as chain:
-        in_turn = chain.generate(PROMPT, limit(32))
-    assert overlapping.token_ids == in_turn.token_ids == target_ids(32)
+        in_turn = chain.generate(PROMPT, limit(24))
+    assert overlapping.token_ids == in_turn.token_ids == target_ids(24)
     assert share_inside(in_turn) == 0.0
     assert share_inside(overlapping) > 0.1, "a machine with other work has fewer, not none"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import one_thread  # noqa: F401
 
 from pipespec.commands.equality import NEAR_TIE, first_divergence, with_margins
 from pipespec.config import GenerationParams, ModelConfig, SamplingParams, Schedule
@@ -137,18 +138,31 @@ def transformers_greedy(prompt: tuple[int, ...], folder: Path) -> list[int]:
 # -- greedy text ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("paths", [(DRAFT, TARGET), (DRAFT, MIDDLE, TARGET)], ids=["2", "3"])
-@pytest.mark.parametrize("strategy", ["chain", "async-chain"])
-def test_the_text_is_what_transformers_writes_with_the_target_alone(
-    strategy: str, paths: tuple[str, ...], prompts: list[tuple[int, ...]]
+def assert_writes_what_transformers_writes(
+    decoder: Decoder, prompts: Sequence[tuple[int, ...]]
 ) -> None:
-    hierarchy = hierarchy_of(*paths)
+    hierarchy = decoder.hierarchy
     folder = hierarchy.folders[-1]
     assert folder is not None
-    with chain_or_pipeline(strategy, hierarchy, Schedule()) as decoder:
-        for prompt in prompts[:4]:
-            expected = transformers_greedy(prompt, folder)
-            assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, hierarchy)
+    for prompt in prompts:
+        expected = transformers_greedy(prompt, folder)
+        assert_same(expected, decoder.generate(prompt, SHORT).token_ids, prompt, hierarchy)
+
+
+@pytest.mark.parametrize("strategy", ["chain", "async-chain"])
+def test_three_models_write_what_transformers_writes_with_the_target_alone(
+    strategy: str, three: Hierarchy, prompts: list[tuple[int, ...]]
+) -> None:
+    with chain_or_pipeline(strategy, three, Schedule()) as decoder:
+        assert_writes_what_transformers_writes(decoder, prompts[:4])
+
+
+def test_two_models_write_what_transformers_writes_with_the_target_alone(
+    pair: Hierarchy, pipeline: AsyncChainSpeculativeDecoder, prompts: list[tuple[int, ...]]
+) -> None:
+    assert_writes_what_transformers_writes(pipeline, prompts[:4])
+    with ChainSpeculativeDecoder(pair) as chain:
+        assert_writes_what_transformers_writes(chain, prompts[:4])
 
 
 def test_prepared_outcomes_and_trees_leave_the_text_as_it_is(
@@ -168,12 +182,7 @@ def test_prepared_outcomes_and_trees_leave_the_text_as_it_is(
 def test_greedy_writes_what_transformers_writes(
     greedy: GreedyDecoder, prompts: list[tuple[int, ...]]
 ) -> None:
-    folder = greedy.hierarchy.folders[-1]
-    assert folder is not None
-    for prompt in prompts:
-        expected = transformers_greedy(prompt, folder)
-        found = greedy.generate(prompt, SHORT).token_ids
-        assert_same(expected, found, prompt, greedy.hierarchy)
+    assert_writes_what_transformers_writes(greedy, prompts)
 
 
 @pytest.mark.parametrize(

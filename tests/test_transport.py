@@ -334,6 +334,19 @@ def test_closing_delivers_the_last_frames_but_waits_for_nobody(socket_dir: Path)
     assert time.monotonic() - start < DEADLINE_S / 2
 
 
+def test_a_link_that_is_dropped_waits_for_nobody_and_leaves_the_others(socket_dir: Path) -> None:
+    start = time.monotonic()
+    with ZmqTransport[Link]() as lower, ZmqTransport[Link](linger_s=DEADLINE_S) as upper:
+        upper.connect(Link.DOWN, f"ipc://{socket_dir}/nobody")
+        upper.connect(Link.LAUNCHER, lower.bind(Link.UP, f"ipc://{socket_dir}/link"))
+        for link in (Link.DOWN, Link.LAUNCHER):
+            assert upper.send(link, frame_of(Finish(1)))
+        upper.drop(Link.DOWN)
+        upper.drop(Link.DOWN)
+        assert receive(lower, 1) == [frame_of(Finish(1))]
+    assert time.monotonic() - start < DEADLINE_S / 2
+
+
 # -- in memory ----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pipespec.commands.settings import Settings
 from pipespec.config import ModelConfig
 from pipespec.metrics import summarise
 from pipespec.planning.system import Choice, Cost, System
-from pipespec.results import load_results
+from pipespec.results import describe_environment, load_results
 
 
 def models_of(choice: Choice, models: Sequence[ModelConfig]) -> tuple[ModelConfig, ...]:
@@ -39,6 +39,7 @@ def run_choices(
     """
     trials: list[Trial] = []
     greedy: Sequence[Any] = ()
+    environment = describe_environment()
     for choice in choices:
         # Greedy's target is placed as one of all.
         is_greedy = choice.strategy == "greedy"
@@ -50,7 +51,9 @@ def run_choices(
         )
         inputs = read_inputs(chosen, num_samples)
         folder = output_dir or Path("results") / "plan" / inputs.dataset.name
-        run = plan_run(choice.strategy, chosen, inputs, folder, force=True, resume=False)
+        run = plan_run(
+            choice.strategy, chosen, inputs, folder, environment, force=True, resume=False
+        )
         run_strategy(run, chosen, inputs, greedy, display)
         results = load_results(run.path).results
         greedy = results if is_greedy else greedy

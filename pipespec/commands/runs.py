@@ -25,7 +25,6 @@ from pipespec.planning.payoff import WrittenText
 from pipespec.results import (
     OutputPlan,
     ResultWriter,
-    describe_environment,
     partial_path,
     plan_output,
     result_file_name,
@@ -56,10 +55,11 @@ def describe_run(
     settings: Settings,
     inputs: Inputs,
     output_dir: Path,
+    environment: Mapping[str, Any],
     *,
     drop_stages: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """The file and the metadata of a strategy's run."""
+    """The file and the metadata of a strategy's run. environment: of `describe_environment`."""
     schedule = settings.schedule_of(strategy)
     names = [model.name for model in settings.models]
     file_name = result_file_name(
@@ -77,7 +77,7 @@ def describe_run(
         generation_prompt=settings.generation_prompt,
         prefill=settings.prefill,
         runner=settings.runner,
-        environment=describe_environment(),
+        environment=environment,
         started_at=_now(),
         drop_stages=drop_stages,
     )
@@ -89,18 +89,21 @@ def plan_run(
     settings: Settings,
     inputs: Inputs,
     output_dir: Path,
+    environment: Mapping[str, Any],
     *,
     force: bool,
     resume: bool,
     drop_stages: bool = False,
 ) -> Run:
-    """What is to be done for a strategy. drop_stages: async-chain goes on without those that turn
-    out not to pay.
+    """What is to be done for a strategy. environment: of `describe_environment`. drop_stages:
+    async-chain goes on without those that turn out not to pay.
 
     Raises:
         UsageError: its file is another run's, or the folder cannot be written.
     """
-    path, metadata = describe_run(strategy, settings, inputs, output_dir, drop_stages=drop_stages)
+    path, metadata = describe_run(
+        strategy, settings, inputs, output_dir, environment, drop_stages=drop_stages
+    )
     plan = plan_output(path, metadata, force=force, resume=resume)
     return Run(strategy, path, metadata, plan)
 
