@@ -80,6 +80,7 @@ class StageState:
         self._in_flight: RequestState | None = None
         self._unlearnt: tuple[RequestState, StepResult] | None = None
         self._turn = 0
+        self._free_since_s = 0.0
 
     # -- events -----------------------------------------------------------------------------
 
@@ -147,7 +148,9 @@ class StageState:
             is_prefill=step.is_prefill,
             seconds=(end_s - start_s) / len(forwards),
             end_s=end_s,
+            cycle_s=end_s - self._free_since_s,
         )
+        self._free_since_s = end_s
         self._unlearnt = request, result
         return self.wrap(outgoing)
 
@@ -214,6 +217,7 @@ class StageState:
             if request is None:
                 self.num_unknown += 1
                 return []
+            self._free_since_s = now_s
             return request.on_verdict(message)
         if isinstance(message, Submit):
             return self._on_submit(message, now_s)
