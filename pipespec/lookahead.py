@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 _FIRST: Final = 4  # never far off
 _CHOICE_EVERY: Final = 4  # cycles, after the first few
-_ASIDE_EVERY: Final = 16  # cycles
+_ASIDE_EVERY: Final = 32  # cycles
 
 
 class AdaptiveLookahead:
     """Waits for as many candidates as bring most tokens per second of a cycle: from the end of one
     verification to the end of the next.
 
-    One of 16 cycles goes to some more or some fewer: what a candidate costs shows only where
+    One of 32 cycles goes to some more or some fewer: what a candidate costs shows only where
     numbers differ, and near the best number that costs next to nothing.
     """
 

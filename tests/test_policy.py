@@ -57,11 +57,9 @@ def constant_steps(seconds: float) -> StepTimes:
     return times
 
 
-def best_wait(acceptance: float, draft_s: float, *, overlaps: bool) -> int:
+def best_wait(acceptance: float, draft_s: float) -> int:
     times = constant_steps(1.0)
-    return max(
-        range(17), key=lambda n: cycle_rate(acceptance, draft_s, times, n, 16, overlaps=overlaps)
-    )
+    return max(range(17), key=lambda n: cycle_rate(acceptance, draft_s, times, n, 16))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +69,7 @@ def best_wait(acceptance: float, draft_s: float, *, overlaps: bool) -> int:
 def test_the_wait_is_the_one_that_a_search_by_simulation_found_best(
     acceptance: float, draft_s: float, studied: int
 ) -> None:
-    assert abs(best_wait(acceptance, draft_s, overlaps=True) - studied) <= 1
-
-
-def test_a_synchronous_chain_drafts_more_than_an_overlapping_one_waits_for() -> None:
-    assert best_wait(0.8, 0.1, overlaps=False) > best_wait(0.8, 0.1, overlaps=True) > 0
+    assert abs(best_wait(acceptance, draft_s) - studied) <= 1
 
 
 def test_nothing_is_waited_for_beyond_what_is_useful() -> None:
@@ -155,14 +149,6 @@ def test_drafts_that_arrived_during_a_step_are_timed_by_its_end() -> None:
     wanted, patience_s = policy.wait(Situation(0, 8, 0.0))
     assert wanted > 0 and patience_s is not None
     assert patience_s == pytest.approx(1e-3 + 4 * wanted * 0.1, rel=0.05)
-
-
-def test_a_synchronous_chain_that_meets_bad_drafts_still_drafts_one_token() -> None:
-    policy = AdaptiveWait(8, overlaps=False)
-    for step in range(40):
-        policy.on_draft(1, True, step + 0.5)  # as slow as a verification, and always wrong
-        policy.on_step(step_result(2, 0.5, end_s=step + 1.0))
-    assert policy.wait(Situation(0, 8, 41.0)) == (1, None)
 
 
 def tokens_per_step_time(
