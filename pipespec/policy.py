@@ -8,7 +8,6 @@ candidates to wait for; it reads no clock.
 
 from __future__ import annotations
 
-import math
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 

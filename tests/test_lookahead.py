@@ -80,13 +80,14 @@ def test_noise_costs_no_more_than_five_percent_of_the_best_fixed_lookahead(
 
 
 def test_what_a_candidate_costs_is_told_from_a_machine_that_is_slow_meanwhile() -> None:
-    """More candidates were drafted while all took 1.4 times as long."""
+    """More candidates were drafted nearly whenever all took 1.4 times as long; a line through the
+    times as they are makes 8 of them cost 4.8 cycles instead of half a cycle."""
     times = CycleTimes()
     for cycle in range(400):
         is_slow = cycle % 80 < 40
-        num = 6 if is_slow != (cycle % 8 == 0) else 4
+        num = 6 if ((cycle - 5) % 80 < 40) != (cycle % 8 == 0) else 4
         times.observe(num, (1.5 + 0.1 * num) * (1.4 if is_slow else 1.0))
-    assert times.estimate(8) / times.estimate(0) == pytest.approx(2.3 / 1.5, rel=0.15)
+    assert times.estimate(8) / times.estimate(0) == pytest.approx(2.3 / 1.5, rel=0.25)
 
 
 def test_a_chain_that_meets_bad_drafts_still_drafts_one_token() -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from pipespec.config import SamplingParams
 from pipespec.emulation import Oracle
-from pipespec.messages import Submit
 from pipespec.lookahead import AdaptiveLookahead
+from pipespec.messages import Submit
 from pipespec.policy import AdaptiveWait, FixedWait, Policy, Situation, StepResult
 from pipespec.simulate.engine import Simulation
 from pipespec.simulate.setup import Faults, Report, SimStage
