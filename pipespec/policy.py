@@ -8,6 +8,7 @@ candidates to wait for; it reads no clock.
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ SEND_COST_S = 60e-6  # of a draft's loop, beside its forwards; measured on Linux
 FIRST_MOST = 16  # candidates to verify at once; more only after so many have been tried
 _COUNTS = (*range(9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, *(16 * n for n in range(5, 257)))
 _FEEDS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)  # of the extras, how many are thought of
+_MIN_CHANCE, _MAX_STEPS = 0.001, 16  # of steps between two mismatches that are thought of
 EXTRA_COST_S = 10e-6  # of loops and messages, for each token fed beside the own text
 MAX_URGENT = 4  # own tokens that the next stage may be waiting for
 
@@ -136,20 +138,23 @@ def cycle_rate(
 
     After a mismatch it waits `begin_s + wait * draft_s`, if it does, and verifies. If all is
     accepted and the next token drafted is the bonus token too (acceptance**(wait + 1)), it goes on
-    with what was drafted meanwhile, at most `most`, and so on until the next mismatch.
+    with what was drafted during that step, at most `most`, which makes another step of another
+    length, and so on until the next mismatch.
     """
-    first_s = steps.estimate(wait + 1)
-    assert first_s is not None
-    tokens, seconds = expected_tokens(acceptance, wait), first_s
+    step_s = steps.estimate(wait + 1)
+    assert step_s is not None
+    tokens, seconds = expected_tokens(acceptance, wait), step_s
     seconds += begin_s + wait * draft_s if wait else 0.0
-    # On average, so not a whole number: the bonus token takes the place of one of them.
-    ahead = max(0.0, min(most, first_s / max(draft_s, 1e-9)) - 1.0)
-    next_s = steps.estimate(round(ahead) + 1)
-    assert next_s is not None
-    goes_on = min(acceptance, 0.999)
-    times = goes_on ** (wait + 1) / (1.0 - goes_on ** (ahead + 1))
-    tokens += times * expected_tokens(acceptance, ahead)
-    seconds += times * next_s
+    chance, num_steps = math.pow(acceptance, wait + 1), 1
+    while chance > _MIN_CHANCE and num_steps < _MAX_STEPS:
+        # On average, so not a whole number: the bonus token takes the place of one of them.
+        ahead = max(0.0, min(most, step_s / max(draft_s, 1e-9)) - 1.0)
+        step_s = steps.estimate(round(ahead) + 1)
+        assert step_s is not None
+        tokens += chance * expected_tokens(acceptance, ahead)
+        seconds += chance * step_s
+        chance *= math.pow(acceptance, ahead + 1)
+        num_steps += 1
     return tokens / seconds
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Container, Sequence
-from typing import Final
+from typing import Final, cast
 
 from pipespec.config import Schedule
 from pipespec.forwards import run_step
@@ -70,8 +70,8 @@ class StageLoop:
         self._next_duties_s = 0.0
         self._up_is_full = False
         self._unsent: dict[Link, deque[Frame]] = {Link.UP: deque(), Link.LAUNCHER: deque()}
-        if isinstance(runner, WaitingRunner):
-            runner.while_computing(self._receive_for)
+        if info.frees_processor:
+            cast(WaitingRunner, runner).while_computing(self._receive_for)
 
     def run(self) -> None:
         """Serves until told to stop; what the runner or the transport raises ends it."""

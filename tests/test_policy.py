@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -70,6 +71,18 @@ def test_the_wait_is_the_one_that_a_search_by_simulation_found_best(
     acceptance: float, draft_s: float, studied: int
 ) -> None:
     assert abs(best_wait(acceptance, draft_s) - studied) <= 1
+
+
+def test_a_long_step_is_thought_to_end_with_more_candidates_than_a_short_one() -> None:
+    """A target that verifies in the time of 3.6 tokens, as the published 70B does: verifying none
+    is cheap, and the steps that follow have what was drafted during the long one before."""
+    times = constant_steps(0.12)
+    times.observe(2, 0.43)
+    rate = partial(cycle_rate, 0.8, 0.025, times, most=64)
+    assert rate(0) > max(rate(wait) for wait in range(1, 17))
+    # Of a cycle without a second step after the first one that goes on:
+    tokens = 1 + 0.8 * expected_tokens(0.8, 0.12 / 0.025 - 1)
+    assert rate(0) > tokens / (0.12 + 0.8 * 0.43)
 
 
 def test_nothing_is_waited_for_beyond_what_is_useful() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from pipespec.config import ModelConfig, Schedule
 from pipespec.emulation import Emulation, parse_emulation
 from pipespec.errors import ConfigError
-from pipespec.simulate.prediction import LATENCY_S, Workload, emulations_of, predict
+from pipespec.simulate.prediction import (
+    LATENCY_S,
+    Workload,
+    emulated_model,
+    emulations_of,
+    predict,
+    predict_texts,
+)
 
 SHORT = Workload(num_texts=2, prompt_tokens=5, new_tokens=60)
 
@@ -65,3 +73,17 @@ def test_async_pays_the_way_between_processes_and_chain_does_not() -> None:
 def test_a_model_with_weights_cannot_be_predicted() -> None:
     with pytest.raises(ConfigError, match=r'^llama is not emulated; it lacks the key "emulated"'):
         emulations_of([ModelConfig("meta/llama", ("cpu",))])
+
+
+def test_a_stage_that_reads_during_its_forwards_passes_verdicts_on_at_once() -> None:
+    """Between a fast draft and the target, whose correction voids what both are at."""
+    named = [model("draft", 1.0, agreement=0.5), model("middle", 8.0, agreement=0.5), TARGET]
+    reading = [emulated_model(name, emulation, 4096) for name, emulation in named]
+    deaf = [replace(each, reads_meanwhile=False) for each in reading]
+    schedule = Schedule("pipespec", 0, outcomes=0)
+    soon, late = (
+        predict_texts(models, "async-chain", schedule, SHORT.submits())
+        for models in (reading, deaf)
+    )
+    assert soon.outputs == late.outputs
+    assert soon.total_s < 0.98 * late.total_s

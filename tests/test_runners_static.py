@@ -6,6 +6,7 @@ Here the static steps run eagerly on the CPU; the tests marked `gpu` run them as
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from pipespec.config import SamplingParams
 from pipespec.errors import PipeSpecError
-from pipespec.runners.base import Row
+from pipespec.runners.base import Row, TailToken, TreeRow
 from pipespec.runners.capture import Capture, Recorder
 from pipespec.runners.graphs import FIXED_ROWS, MAX_ROWS, StaticSteps
 from pipespec.runners.llama import LlamaRunner
@@ -48,7 +49,8 @@ def static(folder: Path, *, fixed_rows: int | None = None, **options: object) ->
     runner: LlamaRunner = lean(folder, **options)  # type: ignore[arg-type]
     assert runner._model is not None
     model = runner._model
-    runner._steps = StaticSteps(model, VOCAB_SIZE, fixed_rows=fixed_rows)
+    launched = runner._meanwhile.launched
+    runner._steps = StaticSteps(model, VOCAB_SIZE, fixed_rows=fixed_rows, launched=launched)
     runner._trees = TreeSteps(model, VOCAB_SIZE, spare_row=model.num_rows - 1, capture=None)
     return runner
 
@@ -285,6 +287,31 @@ def test_once_a_capture_fails_everything_runs_eagerly_after_one_line(
 def on_gpu(folder: Path, **options: object) -> LlamaRunner:
     runner: LlamaRunner = lean(folder, device="cuda:0", **options)  # type: ignore[arg-type]
     return runner
+
+
+def draws_of(runner: LlamaRunner) -> list[object]:
+    """By each way to step: draws made with the logits, draws from logits, ranks with branches."""
+    ids, found = random_ids(40), list[object]()
+    for _ in range(3):
+        runner.forward([Row(0, 0, ids[:16], 1, GREEDY)])
+        for params in (GREEDY, SAMPLED, replace(SAMPLED, top_k=5)):
+            row = Row(0, 16, ids[16:20], 4, params)
+            tail = tuple(TailToken(ids[n], 20, CONTEXT_LENGTH + n, 19) for n in range(3))
+            found += [runner.forward([row]), runner.forward_tree(TreeRow(row, tail, num_ranked=3))]
+    return found
+
+
+@pytest.mark.parametrize("open_runner", [static, pytest.param(on_gpu, marks=pytest.mark.gpu)])
+def test_what_a_stage_does_while_its_device_computes_changes_no_draw(
+    make: Make, open_runner: Callable[[Path], LlamaRunner]
+) -> None:
+    runner, given_s = open_runner(make("llama")), list[float]()
+    if not runner.info.frees_processor:  # a clock that ticks when it is read
+        runner._meanwhile._clock = itertools.count().__next__
+    runner.while_computing(given_s.append)
+    assert draws_of(runner) == draws_of(open_runner(make("llama")))
+    num_steps = 3 * (1 + 2 * 3)
+    assert num_steps / 2 < len(given_s) < num_steps, "not in the first step of a length"
 
 
 @pytest.mark.gpu

@@ -112,6 +112,7 @@ def _plan_model(parts: Mapping[str, Any], index: int, model: ModelConfig) -> Pla
         context_length=part["context_length"],
         num_tail_rows=part["num_tail_rows"],
         num_devices=len(model.devices),
+        reads_meanwhile=part.get("frees_processor", False),  # not in older files
     )
 
 

@@ -86,7 +86,8 @@ class Overheads:
 @dataclass(frozen=True, slots=True)
 class PlanModel:
     """One model. times: alone where its stage runs. chain_times: in the target's process, which
-    runs on the target's cores. num_devices: that its config names; 1 if it names none."""
+    runs on the target's cores. num_devices: that its config names; 1 if it names none. Others: as
+    of `SimModel`."""
 
     name: str
     times: Times
@@ -94,6 +95,7 @@ class PlanModel:
     context_length: int = 1 << 40
     num_tail_rows: int = 0
     num_devices: int = 1
+    reads_meanwhile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ class System:
                 between_s=loops_s[place] if loops_s else 0.0,
                 context_length=self.models[stage].context_length,
                 num_tail_rows=self.models[stage].num_tail_rows,
+                reads_meanwhile=self.models[stage].reads_meanwhile,
             )
             for place, (stage, oracle) in enumerate(
                 zip(choice.stages, self.oracles(choice.stages), strict=True)
@@ -243,7 +246,15 @@ def emulated_system(
         oracles.append(_Remembering(same.oracle))
         times, context_length = EmulatedTimes(emulation), emulation.context_length
         found.append(
-            PlanModel(name, times, times, context_length, same.num_tail_rows, len(model.devices))
+            PlanModel(
+                name=name,
+                times=times,
+                chain_times=times,
+                context_length=context_length,
+                num_tail_rows=same.num_tail_rows,
+                num_devices=len(model.devices),
+                reads_meanwhile=same.reads_meanwhile,
+            )
         )
     eos_after = emulations[-1][1].eos_after
     return System(

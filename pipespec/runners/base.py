@@ -74,7 +74,8 @@ class RunnerInfo:
     """Facts about a loaded model. `vocab_size` is the number of ids that may be drawn (the
     tokenizer's), `context_length` the largest number of positions a slot can hold,
     `num_tail_rows` how many cache rows beyond them branches may use (0: `forward_tree` is not to
-    be called), `has_bursts` whether it is a `BurstRunner`."""
+    be called), `has_bursts` whether it is a `BurstRunner`, `frees_processor` whether it is a
+    `WaitingRunner`."""
 
     name: str
     runner: str
@@ -87,6 +88,7 @@ class RunnerInfo:
     attention: str = ""
     num_tail_rows: int = 0
     has_bursts: bool = False
+    frees_processor: bool = False
 
 
 @runtime_checkable
@@ -109,12 +111,12 @@ class ModelRunner(Protocol):
         ...
 
 
-@runtime_checkable
 class WaitingRunner(ModelRunner, Protocol):
-    """One whose forward leaves the processor free while a device computes."""
+    """One whose forwards leave the processor free while a device computes, if its
+    `info.frees_processor`."""
 
     def while_computing(self, do: Callable[[float], None]) -> None:
-        """From now on `do(seconds)` is called during every forward, for at most so long."""
+        """From now on forwards call `do(seconds)`, which is to take no longer than that."""
         ...
 
 

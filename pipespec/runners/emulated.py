@@ -61,6 +61,7 @@ class EmulatedRunner:
             num_parameters=0,
             weight_bytes=0,
             num_tail_rows=NUM_TAIL_ROWS,
+            frees_processor=True,
         )
 
     @property

@@ -10,7 +10,7 @@ All but the capture itself runs on the CPU as well, where it must equal the ordi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
@@ -94,7 +94,8 @@ class StaticSteps:
     fixed_rows: every step feeds so many rows and looks at the whole cache; what a row gives is
     then a function of its text alone, bit for bit, if the kernels keep to that (`determinism`
     tests it). None: a step feeds what it is given and looks at the smallest bucket that holds it.
-    capture: makes graphs of them; None runs them eagerly.
+    capture: makes graphs of them; None runs them eagerly. launched: is called when a step and its
+    draws are, before they are waited for.
     """
 
     def __init__(
@@ -104,8 +105,10 @@ class StaticSteps:
         *,
         fixed_rows: int | None = None,
         capture: Capture | None = None,
+        launched: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._vocab_size = model, vocab_size
+        self._tell_launched = launched
         self._fixed_rows = fixed_rows
         self._capture = capture
         self._buffers: dict[int, Buffers] = {}
@@ -150,6 +153,7 @@ class StaticSteps:
             work = buffers.draw_greedily if sampling.is_greedy else buffers.draw_with_noise
             self._draws[key] = self._prepared(work)
         self._draws[key]()
+        self._tell_launched()
         return buffers.take_draws(len(ids))
 
     def _step(

@@ -9,7 +9,7 @@ steps are captured graphs; so that the bits of a step never vary, they can have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from pipespec.runners.capture import Capture, Recorder
 from pipespec.runners.drawing import draw_rows, rank_tree
 from pipespec.runners.graphs import FIXED_ROWS, StaticSteps
 from pipespec.runners.llama_model import KeyValues, LlamaModel, Tail
+from pipespec.runners.meanwhile import Meanwhile
 from pipespec.runners.rows import CHUNK, check_row, chunks
 from pipespec.runners.tree_steps import TreeSteps, TreeTokens
 
@@ -95,12 +96,20 @@ class LlamaRunner:
         self._model: LlamaModel | None = model
         self._slots: dict[int, _Slot] = {}
         self._num_embeddings = arch.vocab_size
-        graphs = use_graphs and model.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
+        graphs = use_graphs and on_gpu
+        self._meanwhile = Meanwhile()
         self._capture = capture = Capture(Recorder(model.device)) if graphs else None
         self._steps: StaticSteps | None = None
         if deterministic or graphs:
             fixed_rows = FIXED_ROWS if deterministic else None
-            self._steps = StaticSteps(model, vocab_size, fixed_rows=fixed_rows, capture=capture)
+            self._steps = StaticSteps(
+                model,
+                vocab_size,
+                fixed_rows=fixed_rows,
+                capture=capture,
+                launched=self._meanwhile.launched,
+            )
         self._trees: TreeSteps | None = None
         if graphs and num_tail_rows:
             spare_row = model.num_rows - 1
@@ -117,6 +126,7 @@ class LlamaRunner:
             num_tail_rows=num_tail_rows,
             attention=f"sdpa {str(model.cache_dtype).removeprefix('torch.')}"
             + (", graphs" if graphs else ""),
+            frees_processor=on_gpu,
         )
 
     @property
@@ -127,7 +137,14 @@ class LlamaRunner:
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
         """See `draw_rows`."""
         own_draws = None if self._steps is None else self._row_draws
-        return draw_rows(rows, self._info, self._num_embeddings, self._row_logits, own_draws)
+        with self._meanwhile.step(sum(len(row.ids) for row in rows)):
+            return draw_rows(
+                rows,
+                self._info,
+                self._num_embeddings,
+                lambda row: self._launched(self._row_logits(row)),
+                own_draws,
+            )
 
     @torch.inference_mode()
     def forward_tree(self, row: TreeRow) -> list[tuple[int, ...]]:
@@ -136,7 +153,17 @@ class LlamaRunner:
         Raises:
             PipeSpecError: as `forward`.
         """
-        return rank_tree(row, self._info, self._num_embeddings, self._tree_logits)
+        with self._meanwhile.step(len(row.row.ids) + len(row.tail)):
+            return rank_tree(
+                row,
+                self._info,
+                self._num_embeddings,
+                lambda tree: self._launched(self._tree_logits(tree)),
+            )
+
+    def while_computing(self, do: Callable[[float], None]) -> None:
+        """See `WaitingRunner`."""
+        self._meanwhile.do = do
 
     @torch.inference_mode()
     def logits(self, row: Row) -> Tensor:
@@ -164,6 +191,11 @@ class LlamaRunner:
         self._free.clear()
         if can_empty:
             torch.cuda.empty_cache()
+
+    def _launched(self, logits: Tensor) -> Tensor:
+        """The same, once the processor has had the time until they are there."""
+        self._meanwhile.launched()
+        return logits
 
     def _slot(self, number: int) -> _Slot:
         slot = self._slots.get(number)

@@ -54,18 +54,17 @@ class _Process:
     step_start_s: float = 0.0
     step_end_s: float = 0.0
     inbox: list[Delivery] = field(default_factory=list)
-    is_disturbed: bool = False  # something arrived during the step
+    is_disturbed: bool = False  # something waits since the step began
     caches: dict[int, Cache] = field(default_factory=dict)
 
 
 class Simulation:
     """Runs `submits` through `stages` until all are finished.
 
-    jitter: scales a mean time to a random one (identity for a deterministic run). apply_mid_step:
-    frames are applied when they arrive, even while a forward is in flight; else after it, or, with
-    drain_first, before its draws, as the process loop does. in_turn: one forward at a time, of the
-    stage nearest to the target that can do one, as `chain` does it; with no latency. start_s: the
-    clock at the beginning.
+    jitter: scales a mean time to a random one (identity for a deterministic run). drain_first: what
+    arrived during a forward is applied before its draws, not after them. in_turn: one forward at a
+    time, of the stage nearest to the target that can do one, as `chain` does it; with no latency.
+    start_s: the clock at the beginning.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Simulation:
         latency_s: float = 0.0,
         seed: int = 0,
         jitter: bool = False,
-        apply_mid_step: bool = False,
         drain_first: bool = False,
         in_turn: bool = False,
         faults: Faults | None = None,
@@ -89,8 +87,7 @@ class Simulation:
         self._rng = random.Random(seed)
         self._latency_s = latency_s
         self._jitter = jitter
-        self._apply_mid_step = apply_mid_step
-        self._drain_first = drain_first or apply_mid_step
+        self._drain_first = drain_first
         self._in_turn = in_turn
         self._faults = faults or Faults()
         self._verify = verify
@@ -194,8 +191,9 @@ class Simulation:
             self.report.counts["lost at a dead stage"] += 1
             return
         process.inbox.append(item)
-        process.is_disturbed = True
-        if (process.step is None and not process.is_busy) or self._apply_mid_step:
+        if process.step is not None and not self.stages[index].reads_meanwhile:
+            process.is_disturbed = True
+        elif not process.is_busy:
             self._drain(index)
         self._act(index)
 

@@ -52,7 +52,8 @@ class SimModel:
     """A model as a simulation knows it.
 
     forward_s: seconds of a forward over so many tokens in a text of so many. between_s: that its
-    loop spends after each step. context_length, num_tail_rows: as of its runner.
+    loop spends after each step. context_length, num_tail_rows: as of its runner. reads_meanwhile:
+    that leaves the processor free during a forward (`WaitingRunner`).
     """
 
     forward_s: Callable[[int, int], float]
@@ -60,6 +61,7 @@ class SimModel:
     between_s: float = 0.0
     context_length: int = 1 << 40
     num_tail_rows: int = 0
+    reads_meanwhile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ def emulated_model(name: str, emulation: Emulation, vocab_size: int) -> SimModel
         oracle=emulation.oracle(min(vocab_size, emulation.vocab_size), name),
         context_length=emulation.context_length,
         num_tail_rows=NUM_TAIL_ROWS,
+        reads_meanwhile=True,
     )
 
 
@@ -261,6 +264,7 @@ class _Pipeline:
             step_s=lambda num_tokens: model.forward_s(num_tokens, context),
             oracle=model.oracle,
             between_s=model.between_s,
+            reads_meanwhile=model.reads_meanwhile,
         )
 
 

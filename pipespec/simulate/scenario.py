@@ -35,7 +35,7 @@ class Scenario:
     step_s: tuple[float, ...]
     slope: float
     latency_s: float
-    apply_mid_step: bool
+    reads_meanwhile: tuple[bool, ...]
     adaptive: bool
     short_context: bool
     outcomes: tuple[Budget, ...]
@@ -62,7 +62,7 @@ class Scenario:
             step_s=tuple(rng.choice([0.1, 0.5, 1.0, 3.0]) for _ in range(num_stages)),
             slope=rng.choice([0.0, 0.1]),
             latency_s=rng.choice([0.01, 0.3, 2.0]),
-            apply_mid_step=rng.random() < 0.5,
+            reads_meanwhile=tuple(rng.random() < 0.5 for _ in range(num_stages)),
             adaptive=rng.random() < 0.25,
             short_context=rng.random() < 0.1,
             max_new_tokens=tuple(rng.randint(1, 20) for _ in range(num_requests)),
@@ -124,6 +124,7 @@ class Scenario:
             policy=policy,
             step_s=lambda length: self.step_s[index] * (1.0 + self.slope * (length - 1)),
             oracle=Oracle(self.agreement[index], VOCAB_SIZE, self.seed),
+            reads_meanwhile=self.reads_meanwhile[index],
         )
 
 
@@ -170,7 +171,6 @@ def simulate_seed(seed: int, faults: Faults = RELIABLE, *, perfect: bool = False
         latency_s=scenario.latency_s,
         seed=seed,
         jitter=True,
-        apply_mid_step=scenario.apply_mid_step,
         faults=faults,
     )
     report = simulation.run()

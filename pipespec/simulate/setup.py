@@ -17,13 +17,15 @@ from pipespec.state.step import Role
 class SimStage:
     """A simulated stage: its bounds, how long a forward over q tokens takes, and what it draws.
 
-    between_s: what its loop spends after each step before it can start the next one."""
+    between_s: what its loop spends after each step before it can start the next one.
+    reads_meanwhile: what arrives during a forward is applied at once, not after it."""
 
     role: Callable[[], Role]
     policy: Callable[[], Policy]
     step_s: Callable[[int], float]
     oracle: TokenOracle
     between_s: float = 0.0
+    reads_meanwhile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
