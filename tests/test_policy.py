@@ -9,7 +9,7 @@ import pytest
 
 from pipespec.config import Schedule
 from pipespec.emulation import Oracle
-from pipespec.estimates import DraftTimes, StepTimes
+from pipespec.estimates import DraftTimes, StepTimes, expected_tokens
 from pipespec.policy import (
     AdaptiveWait,
     FixedWait,
@@ -17,7 +17,6 @@ from pipespec.policy import (
     Situation,
     StepResult,
     cycle_rate,
-    expected_tokens,
     make_policy,
 )
 from pipespec.simulate import SimStage, Simulation

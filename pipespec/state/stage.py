@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from pipespec.estimates import expected_tokens
 from pipespec.messages import (
     Abort,
     Draft,
@@ -30,7 +31,6 @@ from pipespec.policy import (
     Policy,
     Situation,
     StepResult,
-    expected_tokens,
 )
 from pipespec.state.beside import offers_beside
 from pipespec.state.counts import Counts
