@@ -11,6 +11,11 @@ from typing import Final
 
 _STEPS_REMEMBERED: Final = 24  # of each length, about
 _LIKENESS: Final = 0.25  # of numbers of tokens: their variance where they tell as much as a guess
+_CYCLES_REMEMBERED: Final = 256
+_CANDIDATE_COST: Final = 0.1  # a guess, in cycles without candidates
+_GUESS_WEIGHT: Final = 4.0  # of that guess, in cycles with one candidate more or less
+_PACE_SHARE: Final = 0.125  # of a cycle
+_DISTURBED: Final = 1.5  # times as long as usual, and longer, a cycle says nothing more
 
 
 class StepTimes:
@@ -80,6 +85,27 @@ class StepTimes:
         return (1 - share) * self._mean_s[below] + share * self._mean_s[above]
 
 
+class _Moments:
+    """Decayed sums of a line of least squares: seconds by number of tokens."""
+
+    def __init__(self) -> None:
+        self.weight = self._num = self._seconds = self._num_num = self._num_seconds = 0.0
+
+    def add(self, num: int, seconds: float, decay: float) -> None:
+        """One more, before which all others count `decay` times as much as they did."""
+        self.weight = self.weight * decay + 1.0
+        self._num = self._num * decay + num
+        self._seconds = self._seconds * decay + seconds
+        self._num_num = self._num_num * decay + num**2
+        self._num_seconds = self._num_seconds * decay + num * seconds
+
+    def means(self) -> tuple[float, float, float, float]:
+        """Of numbers and seconds; the variance of numbers and their covariance with seconds."""
+        num, seconds = self._num / self.weight, self._seconds / self.weight
+        variance = max(0.0, self._num_num / self.weight - num**2)
+        return num, seconds, variance, self._num_seconds / self.weight - num * seconds
+
+
 class DraftTimes:
     """How long after a mismatch so many drafted tokens are there: a time to begin (the way of the
     verdict and back, the drafter's loop) and a time for each token.
@@ -89,24 +115,77 @@ class DraftTimes:
     """
 
     def __init__(self) -> None:
-        self._weight = self._num = self._seconds = self._num_num = self._num_seconds = 0.0
+        self._seen = _Moments()
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        decay = math.exp2(-num_tokens / 64.0)
-        self._weight = self._weight * decay + 1.0
-        self._num = self._num * decay + num_tokens
-        self._seconds = self._seconds * decay + seconds
-        self._num_num = self._num_num * decay + num_tokens**2
-        self._num_seconds = self._num_seconds * decay + num_tokens * seconds
+        self._seen.add(num_tokens, seconds, math.exp2(-num_tokens / 64.0))
 
     def estimate(self) -> tuple[float, float] | None:
         """Seconds to begin, and for each token; None before the first observation."""
-        if not self._weight:
+        if not self._seen.weight:
             return None
-        num, seconds = self._num / self._weight, self._seconds / self._weight
-        variance = max(0.0, self._num_num / self._weight - num**2)
-        covariance = self._num_seconds / self._weight - num * seconds
+        num, seconds, variance, covariance = self._seen.means()
         usual = 0.7 * seconds / num
         slope = (covariance + usual * _LIKENESS) / (variance + _LIKENESS)
         slope = min(max(slope, 0.2 * usual), seconds / num)
         return max(0.0, seconds - slope * num), slope
+
+
+class CycleTimes:
+    """How long a synchronous chain takes from one verification to the next, by number of
+    candidates: the line of least squares, decayed.
+
+    A machine that is slow for a while must not look like candidates that are dear because so many
+    were drafted just then. So times count in relation to the pace of the last few cycles, and only
+    what lies close together in time is compared.
+    """
+
+    def __init__(self) -> None:
+        self._seen = _Moments()
+        self._pace = 1.0
+        self._line = 0.0, 0.0
+
+    def observe(self, num_candidates: int, seconds: float) -> None:
+        usual_s = self.estimate(num_candidates) or seconds
+        ratio = min(seconds / (usual_s * self._pace), _DISTURBED)
+        self._pace *= ratio**_PACE_SHARE
+        self._seen.add(num_candidates, ratio * usual_s, math.exp2(-1.0 / _CYCLES_REMEMBERED))
+        num, mean_s, variance, covariance = self._seen.means()
+        usual = _CANDIDATE_COST * mean_s / (1.0 + _CANDIDATE_COST * num)
+        guessed = _GUESS_WEIGHT / self._seen.weight
+        slope = (covariance + usual * guessed) / (variance + guessed)
+        slope = min(max(slope, 0.1 * usual), 0.9 * mean_s / num)
+        self._line = mean_s - slope * num, slope
+
+    def estimate(self, num_candidates: int) -> float:
+        """Seconds at the usual pace; 0 before the first observation."""
+        return self._line[0] + self._line[1] * num_candidates
+
+
+class Acceptance:
+    """Running acceptance rate of candidates, from a prior of 0.7 that is worth eight tokens."""
+
+    def __init__(self) -> None:
+        self._num_scored = 8.0
+        self._num_accepted = 5.6
+
+    @property
+    def rate(self) -> float:
+        """Accepted / scored tokens."""
+        return self._num_accepted / self._num_scored
+
+    def observe(self, num_offered: int, num_accepted: int) -> None:
+        """A verification: a rejection ends what can be learnt from it, so it counts for one scored
+        token."""
+        num_scored = min(num_offered, num_accepted + 1)
+        decay = math.exp2(-num_scored / 64.0)
+        self._num_scored = self._num_scored * decay + num_scored
+        self._num_accepted = self._num_accepted * decay + num_accepted
+
+
+def expected_tokens(acceptance: float, num_candidates: float) -> float:
+    """Tokens that a verification of so many candidates emits, the bonus token included:
+    (1 - a**(n+1)) / (1 - a). Leviathan et al., arXiv 2211.17192, equation 1."""
+    if acceptance >= 1.0:
+        return num_candidates + 1.0
+    return (1.0 - math.pow(acceptance, num_candidates + 1)) / (1.0 - acceptance)

@@ -14,7 +14,8 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from pipespec.config import Schedule
-from pipespec.estimates import DraftTimes, StepTimes
+from pipespec.estimates import Acceptance, DraftTimes, StepTimes, expected_tokens
+from pipespec.lookahead import AdaptiveLookahead
 from pipespec.solo import Solo
 
 SEND_COST_S = 60e-6  # of a draft's loop, beside its forwards; measured on Linux, ipc
@@ -37,7 +38,8 @@ class Situation(NamedTuple):
 class StepResult(NamedTuple):
     """A forward over `query_length` tokens, `num_offered` of them candidates of the main path of
     which it accepted `num_accepted`, that took `seconds`, ended at `end_s` and added `num_emitted`
-    tokens (0 if a verdict had overtaken it). num_left: candidates that follow them."""
+    tokens (0 if a verdict had overtaken it). num_left: candidates that follow them. cycle_s: since
+    the step before or, if that was later, the last verdict."""
 
     query_length: int
     num_offered: int
@@ -47,6 +49,7 @@ class StepResult(NamedTuple):
     is_prefill: bool
     seconds: float
     end_s: float
+    cycle_s: float = 0.0
 
 
 class Offer(NamedTuple):
@@ -123,14 +126,6 @@ class FixedWait:
         pass
 
 
-def expected_tokens(acceptance: float, num_candidates: float) -> float:
-    """Tokens that a verification of so many candidates emits, the bonus token included:
-    (1 - a**(n+1)) / (1 - a). Leviathan et al., arXiv 2211.17192, equation 1."""
-    if acceptance >= 1.0:
-        return num_candidates + 1.0
-    return (1.0 - math.pow(acceptance, num_candidates + 1)) / (1.0 - acceptance)
-
-
 def cycle_rate(
     acceptance: float,
     draft_s: float,
@@ -138,7 +133,6 @@ def cycle_rate(
     wait: int,
     most: int,
     *,
-    overlaps: bool,
     begin_s: float = 0.0,
 ) -> float:
     """Tokens per second from one mismatch to the next, when a verifier waits for `wait` candidates.
@@ -146,15 +140,14 @@ def cycle_rate(
     After a mismatch it waits `begin_s + wait * draft_s`, if it does, and verifies. If all is
     accepted and the next token drafted is the bonus token too (acceptance**(wait + 1)), it goes on
     with what was drafted during that step, at most `most`, which makes another step of another
-    length, and so on until the next mismatch. overlaps: False for a synchronous chain, which drafts
-    nothing meanwhile.
+    length, and so on until the next mismatch.
     """
     step_s = steps.estimate(wait + 1)
     assert step_s is not None
     tokens, seconds = expected_tokens(acceptance, wait), step_s
     seconds += begin_s + wait * draft_s if wait else 0.0
     chance, num_steps = math.pow(acceptance, wait + 1), 1
-    while overlaps and chance > _MIN_CHANCE and num_steps < _MAX_STEPS:
+    while chance > _MIN_CHANCE and num_steps < _MAX_STEPS:
         # On average, so not a whole number: the bonus token takes the place of one of them.
         ahead = max(0.0, min(most, step_s / max(draft_s, 1e-9)) - 1.0)
         step_s = steps.estimate(round(ahead) + 1)
@@ -171,25 +164,21 @@ class AdaptiveWait:
     more at once than pay for the longer step.
 
     None are waited for once so many are at hand. Acceptance, the time to draft a token and step
-    times are running means of what this stage has seen. overlaps: the stage above drafts on while
-    this one verifies (False: a synchronous chain, whose waits end by themselves). may_be_alone: of
-    a target that leaves its drafts while they only slow it down.
+    times are running means of what this stage has seen. The stage above drafts on while this one
+    verifies. may_be_alone: of a target that leaves its drafts while they only slow it down.
     """
 
     def __init__(
         self,
         max_candidates: int,
         *,
-        overlaps: bool = True,
         patience_s: float = 1.0,
         may_be_alone: bool = False,
     ) -> None:
         self._max_candidates = max_candidates
-        self._overlaps = overlaps
         self._patience_s = patience_s
         self._steps = StepTimes()
-        self._num_scored = 8.0  # a prior of acceptance 0.7, worth eight tokens
-        self._num_accepted = 5.6
+        self._acceptance = Acceptance()
         self._drafting = DraftTimes()
         self._drafting_since_s: float | None = None
         self._num_timed = 0  # tokens since then, the last at
@@ -205,15 +194,8 @@ class AdaptiveWait:
         """See `Policy.is_alone`."""
         return self._solo is not None and self._solo.is_alone
 
-    @property
-    def acceptance(self) -> float:
-        """Running acceptance rate."""
-        return self._num_accepted / self._num_scored
-
     def wait(self, situation: Situation) -> tuple[int, float | None]:
         wanted = max(0, min(self._wanted, situation.num_useful))
-        if not self._overlaps:
-            return wanted, None
         if self.is_alone:
             return 0, None
         missing = max(0, wanted - situation.num_candidates)
@@ -268,38 +250,28 @@ class AdaptiveWait:
         # A slow draft sends every token at once.
         self.batch = max(1, min(4, round(SEND_COST_S / (0.05 * max(result.seconds, 1e-6)))))
         if result.num_offered and result.num_emitted:
-            self._observe_acceptance(result)
+            self._acceptance.observe(result.num_offered, result.num_accepted)
+            if result.num_accepted < result.num_offered and not result.num_left:
+                self._drafting_since_s = result.end_s  # from the correction token, a moment later
         self._num_steps += 1
         is_due = self._num_steps % (4 if self._num_steps < 64 else 16) == 0
         if is_due and self._max_candidates:
-            # A chain that verifies none never drafts, and would never learn that it should.
-            least = 0 if self._overlaps else 1
             most = min(self._max_candidates, max(FIRST_MOST, 2 * self._steps.longest))
             counts = [count for count in _COUNTS if count < most] + [most]
             self._most = max(counts[1:], key=self._step_rate)
-            fewer = [count for count in counts if least <= count <= self._most]
+            fewer = [count for count in counts if count <= self._most]
             self._wanted = max(fewer, key=self._cycle_rate)
 
     def _step_rate(self, num_candidates: int) -> float:
         """Tokens per second of a step that verifies so many candidates."""
         step_s = self._steps.estimate(num_candidates + 1)
         assert step_s is not None
-        return expected_tokens(self.acceptance, num_candidates) / step_s
+        return expected_tokens(self._acceptance.rate, num_candidates) / step_s
 
     def _cycle_rate(self, wait: int) -> float:
         begin_s, draft_s = self._draft_times()
-        args = (self.acceptance, draft_s, self._steps, wait, self._most)
-        return cycle_rate(*args, overlaps=self._overlaps, begin_s=begin_s)
-
-    def _observe_acceptance(self, result: StepResult) -> None:
-        num_accepted = result.num_accepted
-        # A rejection ends what can be learnt from a step, so it counts for one scored token.
-        num_scored = min(result.num_offered, num_accepted + 1)
-        decay = math.exp2(-num_scored / 64.0)
-        self._num_scored = self._num_scored * decay + num_scored
-        self._num_accepted = self._num_accepted * decay + num_accepted
-        if num_accepted < result.num_offered and not result.num_left:
-            self._drafting_since_s = result.end_s  # from the correction token, a moment later
+        args = (self._acceptance.rate, draft_s, self._steps, wait, self._most)
+        return cycle_rate(*args, begin_s=begin_s)
 
     def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
         if self._drafting_since_s is None or not num_tokens:
@@ -331,4 +303,6 @@ def make_policy(
         return AdaptiveWait(0) if overlaps else FixedWait(0, None)
     if schedule.lookahead is not None:
         return FixedWait(schedule.lookahead, patience_s)
-    return AdaptiveWait(schedule.run_ahead, overlaps=overlaps, may_be_alone=overlaps and is_last)
+    if not overlaps:
+        return AdaptiveLookahead(min(schedule.run_ahead, FIRST_MOST))
+    return AdaptiveWait(schedule.run_ahead, may_be_alone=is_last)

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "config", "hashing", "messages"),
     (
         *("state", "policy", "metrics", "results", "emulation", "simulate", "placement"),
-        *("machine", "solo", "estimates"),
+        *("machine", "lookahead", "solo", "estimates"),
     ),
     ("sampling", "checkpoint", "tokenizer"),
     ("transport",),

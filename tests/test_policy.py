@@ -9,7 +9,7 @@ import pytest
 
 from pipespec.config import Schedule
 from pipespec.emulation import Oracle
-from pipespec.estimates import DraftTimes, StepTimes
+from pipespec.estimates import DraftTimes, StepTimes, expected_tokens
 from pipespec.policy import (
     AdaptiveWait,
     FixedWait,
@@ -17,7 +17,6 @@ from pipespec.policy import (
     Situation,
     StepResult,
     cycle_rate,
-    expected_tokens,
     make_policy,
 )
 from pipespec.simulate import SimStage, Simulation
@@ -58,11 +57,9 @@ def constant_steps(seconds: float) -> StepTimes:
     return times
 
 
-def best_wait(acceptance: float, draft_s: float, *, overlaps: bool) -> int:
+def best_wait(acceptance: float, draft_s: float) -> int:
     times = constant_steps(1.0)
-    return max(
-        range(17), key=lambda n: cycle_rate(acceptance, draft_s, times, n, 16, overlaps=overlaps)
-    )
+    return max(range(17), key=lambda n: cycle_rate(acceptance, draft_s, times, n, 16))
 
 
 @pytest.mark.parametrize(
@@ -72,11 +69,7 @@ def best_wait(acceptance: float, draft_s: float, *, overlaps: bool) -> int:
 def test_the_wait_is_the_one_that_a_search_by_simulation_found_best(
     acceptance: float, draft_s: float, studied: int
 ) -> None:
-    assert abs(best_wait(acceptance, draft_s, overlaps=True) - studied) <= 1
-
-
-def test_a_synchronous_chain_drafts_more_than_an_overlapping_one_waits_for() -> None:
-    assert best_wait(0.8, 0.1, overlaps=False) > best_wait(0.8, 0.1, overlaps=True) > 0
+    assert abs(best_wait(acceptance, draft_s) - studied) <= 1
 
 
 def test_a_long_step_is_thought_to_end_with_more_candidates_than_a_short_one() -> None:
@@ -84,7 +77,7 @@ def test_a_long_step_is_thought_to_end_with_more_candidates_than_a_short_one() -
     is cheap, and the steps that follow have what was drafted during the long one before."""
     times = constant_steps(0.12)
     times.observe(2, 0.43)
-    rate = partial(cycle_rate, 0.8, 0.025, times, most=64, overlaps=True)
+    rate = partial(cycle_rate, 0.8, 0.025, times, most=64)
     assert rate(0) > max(rate(wait) for wait in range(1, 17))
     # Of a cycle without a second step after the first one that goes on:
     tokens = 1 + 0.8 * expected_tokens(0.8, 0.12 / 0.025 - 1)
@@ -168,14 +161,6 @@ def test_drafts_that_arrived_during_a_step_are_timed_by_its_end() -> None:
     wanted, patience_s = policy.wait(Situation(0, 8, 0.0))
     assert wanted > 0 and patience_s is not None
     assert patience_s == pytest.approx(1e-3 + 4 * wanted * 0.1, rel=0.05)
-
-
-def test_a_synchronous_chain_that_meets_bad_drafts_still_drafts_one_token() -> None:
-    policy = AdaptiveWait(8, overlaps=False)
-    for step in range(40):
-        policy.on_draft(1, True, step + 0.5)  # as slow as a verification, and always wrong
-        policy.on_step(step_result(2, 0.5, end_s=step + 1.0))
-    assert policy.wait(Situation(0, 8, 41.0)) == (1, None)
 
 
 def tokens_per_step_time(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipespec.config import SamplingParams
 from pipespec.emulation import Oracle
+from pipespec.lookahead import AdaptiveLookahead
 from pipespec.messages import Submit
 from pipespec.policy import AdaptiveWait, FixedWait, Policy, Situation, StepResult
 from pipespec.simulate.engine import Simulation
@@ -100,7 +101,7 @@ class Scenario:
 
         def policy() -> Policy:
             if self.adaptive and index:
-                return AdaptiveWait(above, overlaps=timed, patience_s=20.0)
+                return AdaptiveWait(above, patience_s=20.0) if timed else AdaptiveLookahead(above)
             patience_s = 20.0 if timed else None
             is_moody = self.alone_every and index == num_stages - 1
             if is_moody:

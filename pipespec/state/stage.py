@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from pipespec.estimates import expected_tokens
 from pipespec.messages import (
     Abort,
     Draft,
@@ -30,7 +31,6 @@ from pipespec.policy import (
     Policy,
     Situation,
     StepResult,
-    expected_tokens,
 )
 from pipespec.state.beside import offers_beside
 from pipespec.state.counts import Counts
@@ -80,6 +80,7 @@ class StageState:
         self._in_flight: RequestState | None = None
         self._unlearnt: tuple[RequestState, StepResult] | None = None
         self._turn = 0
+        self._free_since_s = 0.0
 
     # -- events -----------------------------------------------------------------------------
 
@@ -148,7 +149,9 @@ class StageState:
             is_prefill=step.is_prefill,
             seconds=(end_s - start_s) / len(forwards),
             end_s=end_s,
+            cycle_s=end_s - self._free_since_s,
         )
+        self._free_since_s = end_s
         self._unlearnt = request, result
         return self.wrap(outgoing)
 
@@ -215,6 +218,7 @@ class StageState:
             if request is None:
                 self.num_unknown += 1
                 return []
+            self._free_since_s = now_s
             return request.on_verdict(message)
         if isinstance(message, Submit):
             return self._on_submit(message, now_s)
