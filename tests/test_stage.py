@@ -137,7 +137,7 @@ class TimedRunner:
 
     @property
     def info(self) -> RunnerInfo:
-        return replace(self._model.info, num_tail_rows=0)
+        return replace(self._model.info, num_tail_rows=0, frees_processor=False)
 
     def forward(self, rows: Sequence[Row]) -> list[list[int]]:
         self.steps += [(self._world.now_s, row) for row in rows]
@@ -256,6 +256,10 @@ def test_a_stage_that_computes_does_not_say_that_it_is_idle() -> None:
 
 class WaitingTimedRunner(TimedRunner):
     """One that leaves the processor free while it computes."""
+
+    @property
+    def info(self) -> RunnerInfo:
+        return replace(super().info, frees_processor=True)
 
     def while_computing(self, do: Callable[[float], None]) -> None:
         self._do = do
