@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Published data sets and the original's result files, too large to be part of the project.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BROWSER = shutil.which("chromium")
+LOCKS = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +51,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if on_gpu and not _has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Before pytest-xdist starts a worker: all of a run share a folder for their locks."""
+    stash = node.config.stash
+    if LOCKS not in stash:
+        folder = tempfile.TemporaryDirectory(prefix="test-locks-")
+        node.config.add_cleanup(folder.cleanup)
+        stash[LOCKS] = folder.name
+    node.workerinput["locks"] = stash[LOCKS]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` runs, with its fixtures, while the other workers pause."""
+    locks = getattr(item.config, "workerinput", {}).get("locks")
+    if locks is None:
+        return (yield)
+    with _turn(Path(locks), is_alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextmanager
+def _turn(locks: Path, *, is_alone: bool) -> Iterator[None]:
+    """Beside other turns, or alone. Who waits holds the queue, so that none overtakes it."""
+    with (locks / "running").open("w") as running:
+        with (locks / "queue").open("w") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(running, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+            fcntl.flock(queue, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)  # also in processes that the test has forked
 
 
 @pytest.hookimpl(wrapper=True)

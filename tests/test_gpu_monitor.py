@@ -35,6 +35,7 @@ def no_process_is_left() -> Iterator[None]:
     assert not psutil.Process().children(), "processes are left"
 
 
+@pytest.mark.alone
 def test_gpus_are_sampled_by_the_clock_and_the_process_ends() -> None:
     with on_gpus(num_gpus=3) as monitor:
         pid = monitor.pid
@@ -60,6 +61,7 @@ def test_gpus_are_sampled_by_the_clock_and_the_process_ends() -> None:
     assert 0 < monitor.facts["start_cpu_s"] <= monitor.facts["cpu_s"] < 5
 
 
+@pytest.mark.alone
 def test_clear_forgets_and_stop_keeps_what_was_sampled() -> None:
     monitor = on_gpus()
     assert monitor.get_results() == []
@@ -125,6 +127,7 @@ def test_it_never_imports_torch() -> None:
     assert "torch" not in maps
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["processes", "pretended GPUs"])
 def test_with_eight_devices_it_takes_about_a_hundredth_of_a_core_at_most(kind: str) -> None:
     """Prints what it takes (`-s` shows it). Of real GPUs, the driver's time comes on top; readings

@@ -188,6 +188,7 @@ def test_a_load_error_of_a_stage_reaches_the_user_as_its_own_line() -> None:
         fake_pipeline("echo", "raise_load_error").start()
 
 
+@pytest.mark.alone
 def test_a_stage_that_is_not_ready_in_time_is_named_with_its_phase() -> None:
     with pytest.raises(StageError, match=r"stage 1 \(load_for_ever\) is still .*--ready-timeout"):
         fake_pipeline("echo", "load_for_ever", ready_timeout_s=1.0).start()

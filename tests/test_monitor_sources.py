@@ -101,6 +101,7 @@ def started(code: str) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.alone
 def test_a_process_that_computes_is_told_from_one_that_waits() -> None:
     core = min(os.sched_getaffinity(0))
     with started(BUSY) as busy, started(IDLE) as idle:
@@ -121,6 +122,7 @@ def test_a_process_that_computes_is_told_from_one_that_waits() -> None:
         assert values["gpu_memories"] is not None and 0 < values["gpu_memories"] < 50
 
 
+@pytest.mark.alone
 def test_utilization_is_a_share_of_the_cores_that_a_process_was_given() -> None:
     def spin(seconds: float) -> float:
         """Percent of one core that this process got."""

@@ -222,6 +222,7 @@ def test_a_run_is_compared_with_what_was_predicted(
     assert widest_of_tables(printed) <= 80, printed
 
 
+@pytest.mark.alone
 def test_a_device_more_is_answered_for_target_and_draft(
     emulated_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +236,7 @@ def test_a_device_more_is_answered_for_target_and_draft(
     assert "best of all: 1 device for the target, draft: " in printed
 
 
+@pytest.mark.alone
 def test_a_config_without_a_draft_that_pays_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

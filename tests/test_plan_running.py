@@ -77,6 +77,7 @@ class HalfTimes:
         return self.step_s / 2
 
 
+@pytest.mark.alone
 def test_every_strategy_is_measured_where_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

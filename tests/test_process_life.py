@@ -138,6 +138,7 @@ def share_inside(output: Generation) -> float:
     return sum(inside) / len(inside)
 
 
+@pytest.mark.alone
 def test_drafts_are_computed_while_the_target_computes() -> None:
     hierarchy = emulated("draft", "target", steps_ms=(5.0, 40.0))
     with AsyncChainSpeculativeDecoder(hierarchy) as decoder:
@@ -149,6 +150,7 @@ def test_drafts_are_computed_while_the_target_computes() -> None:
     assert share_inside(overlapping) > 0.1, "a machine with other work has fewer, not none"
 
 
+@pytest.mark.alone
 def test_workers_are_seen_in_ps_stay_on_their_core_and_cost_nothing_when_idle() -> None:
     hierarchy = emulated("draft", "middle", "target")
     with AsyncChainSpeculativeDecoder(hierarchy) as decoder:
