@@ -79,7 +79,7 @@ MUTANTS = {
         "        self.kv_valid = first_new + num_accepted\n",
         "        self.kv_valid = min(step.end, first_new + num_accepted + 1)\n",
         scenario.RELIABLE,
-        ("KV ids equal the prefix", "draws are used only on their own context"),
+        ("KV ids equal the prefix", "draws are used only on their own context", "KV holds what"),
     ),
     "rows not kept": Mutant(
         request,
