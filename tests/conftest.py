@@ -27,9 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """What a shell starts in the background, or under nohup, ignores the signals that tests send;
-    and so would all that it starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-n`, a worker takes whole files, whose fixtures are then made once, in their order:
+    pytest-xdist would take those of few tests last, which are the longest.
+
+    What a shell starts in the background, or under nohup, ignores the signals that tests send; and
+    so would all that it starts."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
     for number, handler in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGHUP, signal.SIG_DFL),

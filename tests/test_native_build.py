@@ -9,8 +9,8 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import is_gone, wait_until
 
 from pipespec.runners.native import BuildError, build
 from pipespec.runners.native.build import load_library, user_cache
@@ -125,7 +125,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(
     compiler = make_compiler(tmp_path, f"sleep 300 & echo $! > {tmp_path}/pid; wait")
     assert "longer than 1 s" in error_line(compiler, tmp_path / "cache")
     pid = int((tmp_path / "pid").read_text())
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: is_gone(pid), "it is left")
 
 
 def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:

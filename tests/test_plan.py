@@ -146,12 +146,12 @@ def test_a_profile_of_another_text_is_refused_before_anything_is_measured(
 
 
 def emulated_choice(
-    folder: Path, choice: Choice, num_tokens: int
+    folder: Path, choice: Choice, num_tokens: int, text: str = PROMPTS[0]
 ) -> tuple[list[StageCounts], list[StageCounts], Any, Any]:
     """(predicted counts, counts of a run) of each stage, and both texts."""
     models = load_models_config(Path(write_emulated(folder, len(choice.stages), target_ms=4.0)))
     hierarchy = open_hierarchy(models)
-    prompt = tuple(hierarchy.tokenizer.encode(PROMPTS[0]))
+    prompt = tuple(hierarchy.tokenizer.encode(text))
     submit = Submit(0, prompt, (), SamplingParams(), num_tokens, (), ())
     system = emulated_system(models, [submit], hierarchy.vocab_size)
     prediction = system.predict(choice)
@@ -179,10 +179,14 @@ def test_a_chain_is_predicted_to_the_last_verification(num_models: int, tmp_path
 
 
 def test_async_chain_is_predicted_to_the_last_verification_too(tmp_path: Path) -> None:
-    """Where draft and target take turns, so that it does not matter who is late."""
+    """Draft and target take turns from the first token on, about which the draft is wrong, so that
+    it does not matter who is late. (A draft that is right there is a token ahead: the target goes
+    on without a candidate for as long as each draft of one comes during its step.)"""
     choice = Choice((0, 1), "async-chain", Schedule(lookahead=1, run_ahead=1))
-    predicted, ran, text, written = emulated_choice(tmp_path, choice, 60)
+    predicted, ran, text, written = emulated_choice(tmp_path, choice, 60, "a")
     assert text == written
+    *all_but_the_last, _ = predicted[-1].offered
+    assert set(all_but_the_last) == {1}, "they take turns"
     assert predicted[-1].offered == ran[-1].offered
     assert predicted[-1].accepted == ran[-1].accepted
     assert predicted[-1].emitted == ran[-1].emitted
