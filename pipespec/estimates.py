@@ -94,11 +94,20 @@ class _Moments:
 
     def add(self, num: int, seconds: float, decay: float) -> None:
         """One more, before which all others count `decay` times as much as they did."""
-        self.weight = self.weight * decay + 1.0
-        self._num = self._num * decay + num
-        self._seconds = self._seconds * decay + seconds
-        self._num_num = self._num_num * decay + num**2
-        self._num_seconds = self._num_seconds * decay + num * seconds
+        self.fade(decay)
+        self.weight += 1.0
+        self._num += num
+        self._seconds += seconds
+        self._num_num += num**2
+        self._num_seconds += num * seconds
+
+    def fade(self, decay: float) -> None:
+        """All until now counts `decay` times as much as it did."""
+        self.weight *= decay
+        self._num *= decay
+        self._seconds *= decay
+        self._num_num *= decay
+        self._num_seconds *= decay
 
     def means(self) -> tuple[float, float, float, float]:
         """Of numbers and seconds; the variance of numbers and their covariance with seconds."""
@@ -120,6 +129,10 @@ class DraftTimes:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         self._seen.add(num_tokens, seconds, math.exp2(-num_tokens / 64.0))
+
+    def forget(self) -> None:
+        """Time passes and nothing is seen."""
+        self._seen.fade(math.exp2(-1.0 / 64.0))
 
     def estimate(self) -> tuple[float, float] | None:
         """Seconds to begin, and for each token; None before the first observation."""
@@ -182,6 +195,8 @@ class DraftWatch:
         self._num_hidden = 0 if is_seen else self._num_hidden + 1
         if is_seen:
             self.times.observe(self._num_tokens, self._until_s - self._since_s)
+        else:
+            self.times.forget()
         self._since_s, self._num_tokens = None, 0
 
 

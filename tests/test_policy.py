@@ -177,13 +177,13 @@ def test_who_never_sees_drafts_come_waits_for_one_now_and_then() -> None:
     def hidden(now_s: float) -> None:
         waits.append(policy.wait(Situation(0, 8, now_s))[0])
         if waits[-1]:
-            policy.on_draft(1, False, now_s + (2.0 if len(waits) < 140 else 0.1))
+            policy.on_draft(4, False, now_s + (2.0 if len(waits) < 140 else 0.1))
             policy.use(1)
         else:
             policy.use(0)
             policy.on_draft(4, False, now_s + 1.0)
 
-    mismatches(policy, 300, hidden)
+    mismatches(policy, 400, hidden)
     assert 6 <= sum(wanted > 0 for wanted in waits[60:140]) <= 11, "one of nine, and it takes long"
     assert waits[-1] > 0, "until one shows that it does not any more"
 
