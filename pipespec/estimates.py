@@ -10,6 +10,7 @@ from bisect import bisect_left
 from typing import Final
 
 _STEPS_REMEMBERED: Final = 24  # of each length, about
+_TRIAL_EVERY: Final = 8  # mismatches of which nothing could be learnt
 _LIKENESS: Final = 0.25  # of numbers of tokens: their variance where they tell as much as a guess
 _CYCLES_REMEMBERED: Final = 256
 _CANDIDATE_COST: Final = 0.1  # a guess, in cycles without candidates
@@ -93,11 +94,20 @@ class _Moments:
 
     def add(self, num: int, seconds: float, decay: float) -> None:
         """One more, before which all others count `decay` times as much as they did."""
-        self.weight = self.weight * decay + 1.0
-        self._num = self._num * decay + num
-        self._seconds = self._seconds * decay + seconds
-        self._num_num = self._num_num * decay + num**2
-        self._num_seconds = self._num_seconds * decay + num * seconds
+        self.fade(decay)
+        self.weight += 1.0
+        self._num += num
+        self._seconds += seconds
+        self._num_num += num**2
+        self._num_seconds += num * seconds
+
+    def fade(self, decay: float) -> None:
+        """All until now counts `decay` times as much as it did."""
+        self.weight *= decay
+        self._num *= decay
+        self._seconds *= decay
+        self._num_num *= decay
+        self._num_seconds *= decay
 
     def means(self) -> tuple[float, float, float, float]:
         """Of numbers and seconds; the variance of numbers and their covariance with seconds."""
@@ -120,6 +130,10 @@ class DraftTimes:
     def observe(self, num_tokens: int, seconds: float) -> None:
         self._seen.add(num_tokens, seconds, math.exp2(-num_tokens / 64.0))
 
+    def forget(self) -> None:
+        """Time passes and nothing is seen."""
+        self._seen.fade(math.exp2(-1.0 / 64.0))
+
     def estimate(self) -> tuple[float, float] | None:
         """Seconds to begin, and for each token; None before the first observation."""
         if not self._seen.weight:
@@ -129,6 +143,61 @@ class DraftTimes:
         slope = (covariance + usual * _LIKENESS) / (variance + _LIKENESS)
         slope = min(max(slope, 0.2 * usual), seconds / num)
         return max(0.0, seconds - slope * num), slope
+
+
+class DraftWatch:
+    """What a verifier sees of its drafter after a mismatch: how long tokens take, how many come
+    first.
+
+    A step hides when tokens came that are read after it, and later a drafter takes its time: it is
+    ahead, and may prepare outcomes. So those count that came before the next step, or were read
+    during it. num_first: running mean.
+    """
+
+    def __init__(self) -> None:
+        self.times = DraftTimes()
+        self.num_first = 1.0
+        self._since_s: float | None = None
+        self._num_tokens = 0  # since then, the last at
+        self._until_s = 0.0
+        self._num_hidden = 0
+
+    @property
+    def is_out_of_date(self) -> bool:
+        """Who never waits learns nothing, and is to wait once."""
+        return self._num_hidden >= _TRIAL_EVERY
+
+    def on_mismatch(self, now_s: float) -> None:
+        """Drafting begins anew, from the correction token, a moment later."""
+        self._since_s = now_s
+
+    def on_draft(self, num_tokens: int, now_s: float) -> None:
+        if self._since_s is None or not num_tokens:
+            return
+        if not self._num_tokens:
+            self.num_first += (num_tokens - self.num_first) / 16.0
+        self._num_tokens += num_tokens
+        self._until_s = now_s
+
+    def on_verification(self) -> None:
+        """A step begins, or nothing follows."""
+        if self._num_tokens:
+            self._end(is_seen=True)
+
+    def on_step_end(self, end_s: float) -> None:
+        """What has come since the mismatch before it was read at `end_s` at the latest, or only
+        after it."""
+        if self._since_s is not None:
+            self._end(is_seen=self._num_tokens > 0 and self._until_s < end_s)
+
+    def _end(self, *, is_seen: bool) -> None:
+        assert self._since_s is not None
+        self._num_hidden = 0 if is_seen else self._num_hidden + 1
+        if is_seen:
+            self.times.observe(self._num_tokens, self._until_s - self._since_s)
+        else:
+            self.times.forget()
+        self._since_s, self._num_tokens = None, 0
 
 
 class CycleTimes:

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from pipespec.config import Schedule
-from pipespec.estimates import Acceptance, DraftTimes, StepTimes, expected_tokens
+from pipespec.estimates import Acceptance, DraftWatch, StepTimes, expected_tokens
 from pipespec.lookahead import AdaptiveLookahead
 from pipespec.solo import Solo
 
@@ -134,18 +134,19 @@ def cycle_rate(
     most: int,
     *,
     begin_s: float = 0.0,
+    loop_s: float = 0.0,
 ) -> float:
     """Tokens per second from one mismatch to the next, when a verifier waits for `wait` candidates.
 
     After a mismatch it waits `begin_s + wait * draft_s`, if it does, and verifies. If all is
     accepted and the next token drafted is the bonus token too (acceptance**(wait + 1)), it goes on
     with what was drafted during that step, at most `most`, which makes another step of another
-    length, and so on until the next mismatch.
+    length, and so on until the next mismatch. loop_s: spent between any two steps, in a wait too.
     """
     step_s = steps.estimate(wait + 1)
     assert step_s is not None
     tokens, seconds = expected_tokens(acceptance, wait), step_s
-    seconds += begin_s + wait * draft_s if wait else 0.0
+    seconds += max(loop_s, begin_s + wait * draft_s if wait else 0.0)
     chance, num_steps = math.pow(acceptance, wait + 1), 1
     while chance > _MIN_CHANCE and num_steps < _MAX_STEPS:
         # On average, so not a whole number: the bonus token takes the place of one of them.
@@ -153,7 +154,7 @@ def cycle_rate(
         step_s = steps.estimate(round(ahead) + 1)
         assert step_s is not None
         tokens += chance * expected_tokens(acceptance, ahead)
-        seconds += chance * step_s
+        seconds += chance * (step_s + loop_s)
         chance *= math.pow(acceptance, ahead + 1)
         num_steps += 1
     return tokens / seconds
@@ -179,10 +180,8 @@ class AdaptiveWait:
         self._patience_s = patience_s
         self._steps = StepTimes()
         self._acceptance = Acceptance()
-        self._drafting = DraftTimes()
-        self._drafting_since_s: float | None = None
-        self._num_timed = 0  # tokens since then, the last at
-        self._timed_until_s = 0.0
+        self._drafts = DraftWatch()
+        self._loop_s = self._last_end_s = 0.0
         self._num_steps = 0
         self._wanted = min(4, max_candidates)  # until something is measured; never far off
         self._most = min(FIRST_MOST, max_candidates)
@@ -198,12 +197,13 @@ class AdaptiveWait:
         wanted = max(0, min(self._wanted, situation.num_useful))
         if self.is_alone:
             return 0, None
+        if wanted == 0 and self._drafts.is_out_of_date:
+            wanted = min(1, situation.num_useful)
         missing = max(0, wanted - situation.num_candidates)
         return wanted, min(self._patience_s, 1e-3 + 4.0 * missing * self._draft_times()[1])
 
     def use(self, num_candidates: int) -> int:
-        if self._num_timed:
-            self._end_timing()
+        self._drafts.on_verification()
         return min(num_candidates, self._most)
 
     def feed(self, offer: Offer) -> tuple[bool, int]:
@@ -238,10 +238,11 @@ class AdaptiveWait:
 
     def _draft_times(self) -> tuple[float, float]:
         """Seconds until drafting begins, and for each token; a guess until some was seen."""
-        return self._drafting.estimate() or (0.0, (self._steps.estimate(1) or 0.1) / 8)
+        return self._drafts.times.estimate() or (0.0, (self._steps.estimate(1) or 0.1) / 8)
 
     def on_step(self, result: StepResult) -> None:
-        self._end_timing()
+        self._drafts.on_step_end(result.end_s)
+        self._observe_loop(result)
         if self._solo is not None:
             self._solo.on_step(result, self._steps.estimate(1) or 0.0)
         if result.is_prefill:
@@ -252,7 +253,7 @@ class AdaptiveWait:
         if result.num_offered and result.num_emitted:
             self._acceptance.observe(result.num_offered, result.num_accepted)
             if result.num_accepted < result.num_offered and not result.num_left:
-                self._drafting_since_s = result.end_s  # from the correction token, a moment later
+                self._drafts.on_mismatch(result.end_s)
         self._num_steps += 1
         is_due = self._num_steps % (4 if self._num_steps < 64 else 16) == 0
         if is_due and self._max_candidates:
@@ -270,26 +271,21 @@ class AdaptiveWait:
 
     def _cycle_rate(self, wait: int) -> float:
         begin_s, draft_s = self._draft_times()
+        if wait:  # no fewer than come together
+            wait = max(wait, round(self._drafts.num_first))
         args = (self._acceptance.rate, draft_s, self._steps, wait, self._most)
-        return cycle_rate(*args, begin_s=begin_s)
+        return cycle_rate(*args, begin_s=begin_s, loop_s=self._loop_s)
+
+    def _observe_loop(self, result: StepResult) -> None:
+        """The shortest of late times between two steps, in which nothing was waited for."""
+        between_s = max(0.0, result.end_s - result.seconds - self._last_end_s)
+        self._loop_s = min(between_s, 1.02 * self._loop_s + 1e-6)
+        self._last_end_s = result.end_s
 
     def on_draft(self, num_tokens: int, drafter_stopped: bool, now_s: float) -> None:
-        if self._drafting_since_s is None or not num_tokens:
-            return
-        self._num_timed += num_tokens
-        self._timed_until_s = now_s
+        self._drafts.on_draft(num_tokens, now_s)
         if drafter_stopped:
-            self._end_timing()
-
-    def _end_timing(self) -> None:
-        """Adds what arrived since a mismatch to the means. A step in flight hides when it came, so
-        what arrived before the step counts, if anything did. Later a drafter takes its time: it is
-        ahead, and may prepare outcomes."""
-        if self._drafting_since_s is not None and self._num_timed:
-            taken_s = self._timed_until_s - self._drafting_since_s
-            self._drafting.observe(self._num_timed, taken_s)
-        self._drafting_since_s = None
-        self._num_timed = 0
+            self._drafts.on_verification()
 
 
 def make_policy(

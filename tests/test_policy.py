@@ -148,19 +148,66 @@ def test_the_time_to_draft_is_measured_while_the_verifier_is_without_candidates(
     assert wanted == 0, "a token takes half a step, and two of three are wrong"
 
 
-def test_drafts_that_arrived_during_a_step_are_timed_by_its_end() -> None:
+def mismatches(policy: AdaptiveWait, count: int, draft: Callable[[float], None]) -> None:
+    """One a second, each in a step of three tokens; `draft` is told when it was seen."""
+    for start in range(count):
+        policy.on_step(step_result(3, 0.9, end_s=float(start), num_accepted=1))
+        draft(float(start))
+
+
+def test_drafts_that_are_read_during_a_step_are_timed() -> None:
     policy = AdaptiveWait(8)
-    policy.on_step(step_result(1, 1.0))
-    for start in range(40):
-        policy.on_step(step_result(3, 1.0, end_s=float(start), num_accepted=1))
+
+    def draft(now_s: float) -> None:
         policy.use(0)
-        count = 5 + start % 2 * 5
-        policy.on_draft(count, False, start + count / 10)
-    policy.use(10)
-    policy.on_step(step_result(11, 1.0, end_s=41.0, num_accepted=9))
-    wanted, patience_s = policy.wait(Situation(0, 8, 0.0))
-    assert wanted > 0 and patience_s is not None
-    assert patience_s == pytest.approx(1e-3 + 4 * wanted * 0.1, rel=0.05)
+        policy.on_draft(1, False, now_s + 0.2)
+        policy.on_draft(1, False, now_s + 0.3)
+
+    mismatches(policy, 40, draft)
+    begin_s, draft_s = policy._draft_times()
+    assert begin_s + 2 * draft_s == pytest.approx(0.3)
+
+
+def test_who_never_sees_drafts_come_waits_for_one_now_and_then() -> None:
+    """They are read after steps that hide when they came, a second late; they take a tenth."""
+    policy = AdaptiveWait(8)
+    policy.on_step(step_result(1, 0.9))
+    waits: list[int] = []
+
+    def hidden(now_s: float) -> None:
+        waits.append(policy.wait(Situation(0, 8, now_s))[0])
+        if waits[-1]:
+            policy.on_draft(4, False, now_s + (2.0 if len(waits) < 140 else 0.1))
+            policy.use(1)
+        else:
+            policy.use(0)
+            policy.on_draft(4, False, now_s + 1.0)
+
+    mismatches(policy, 400, hidden)
+    assert 6 <= sum(wanted > 0 for wanted in waits[60:140]) <= 11, "one of nine, and it takes long"
+    assert waits[-1] > 0, "until one shows that it does not any more"
+
+
+def test_what_comes_together_is_waited_for_together() -> None:
+    policy = AdaptiveWait(8)
+
+    def together(now_s: float) -> None:
+        policy.on_draft(4, False, now_s + 0.5)
+        policy.use(4)
+
+    mismatches(policy, 64, together)
+    rates = [policy._cycle_rate(wait) for wait in range(6)]
+    assert rates[1] == rates[2] == rates[3] == rates[4] != rates[5]
+
+
+def test_a_wait_that_the_loop_would_take_anyway_costs_nothing() -> None:
+    rate = partial(cycle_rate, 0.6, 0.1, constant_steps(1.0), most=16, begin_s=0.2)
+    assert rate(1, loop_s=0.3) > rate(0, loop_s=0.3)
+    assert rate(1, loop_s=0.3) < rate(1, loop_s=0.0)
+    busy = AdaptiveWait(8)
+    for start in range(200):
+        busy.on_step(step_result(1, 0.9, end_s=start + (0.5 if start % 8 == 0 else 0.0)))
+    assert busy._loop_s < 0.1, "less than any time between two steps"
 
 
 def tokens_per_step_time(
