@@ -18,6 +18,7 @@ from emulated import write_emulated, write_prompts
 from rich.console import Console
 
 from pipespec import GenerationParams, load, run_example
+from pipespec.config import Schedule
 from pipespec.commands.acceptance import AcceptanceView, painter
 from pipespec.metrics import Origin, StageCounts, token_origins, verification_origins
 from pipespec.tokenizer import TextTokenizer, load_tokenizer
@@ -140,7 +141,9 @@ def test_what_is_told_while_tokens_come_is_what_the_target_counted(
         calls += 1
         told.extend(zip(tokens, origins, strict=True))
 
-    with load(write_emulated(tmp_path, num_models), strategy=strategy) as decoder:
+    # With a lookahead, the target uses its drafts however busy the machine is.
+    config, schedule = write_emulated(tmp_path, num_models), Schedule(lookahead=2)
+    with load(config, strategy, schedule) as decoder:
         output = decoder.generate("def f(", GenerationParams(60), on_tokens=on_tokens)
     counts = StageCounts.from_values(output.counts[-1])
     steps = zip(counts.offered, counts.accepted, counts.emitted, strict=True)

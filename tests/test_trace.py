@@ -46,10 +46,12 @@ Item = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of all strategies: `trace.json` beside the result files."""
+    """The folder of a run of all strategies: `trace.json` beside the result files. With a
+    lookahead, the target uses its drafts however busy the machine is."""
     folder = tmp_path_factory.mktemp("traced")
     flags = flags_of(folder, 3, ["one two three", "four five"], target_ms=2.0)
-    assert benchmark.main([*flags, "--strategy", "all", "--max-new-tokens", "40"]) == 0
+    flags += ["--strategy", "all", "--max-new-tokens", "40", "--lookahead", "2"]
+    assert benchmark.main(flags) == 0
     return folder
 
 

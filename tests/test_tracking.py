@@ -26,8 +26,8 @@ from pipespec.tracking.keys import KEYS, When
 PROMPTS = ("def mean(values):", "class Stack:", "import os\n")
 NAMES = {
     "greedy": "greedy_target.json",
-    "chain": "chain_draft-target_auto.json",
-    "async-chain": "async-chain_draft-target_auto.json",
+    "chain": "chain_draft-target_2.json",
+    "async-chain": "async-chain_draft-target_2.json",
 }
 DEADLINE_S = 60.0
 
@@ -86,11 +86,12 @@ def count_connections(server: socket.socket) -> int:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """All strategies over two emulated models; what W&B takes for its server only listens."""
+    """All strategies over two emulated models; what W&B takes for its server only listens. With a
+    lookahead, the target uses its draft however busy the machine is."""
     folder = tmp_path_factory.mktemp("tracked")
     config, data = write_emulated(folder), write_prompts(folder, PROMPTS)
     flags = ("--models-config-path", config, "--dataset", data, "--max-new-tokens", "24")
-    flags = (*flags, "--output-dir", str(folder / "results"))
+    flags = (*flags, "--output-dir", str(folder / "results"), "--lookahead", "2")
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         env = environment(folder, WANDB_MODE="offline", WANDB_BASE_URL=url)
