@@ -18,8 +18,8 @@ from emulated import write_emulated, write_prompts
 from rich.console import Console
 
 from pipespec import GenerationParams, load, run_example
-from pipespec.config import Schedule
 from pipespec.commands.acceptance import AcceptanceView, painter
+from pipespec.config import Schedule
 from pipespec.metrics import Origin, StageCounts, token_origins, verification_origins
 from pipespec.tokenizer import TextTokenizer, load_tokenizer
 

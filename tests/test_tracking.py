@@ -271,7 +271,7 @@ def test_a_service_that_dies_costs_one_line_and_no_sample(tmp_path: Path) -> Non
     config = write_emulated(tmp_path, target_ms=5.0)
     data = write_prompts(tmp_path, [f"prompt {index}" for index in range(15)])
     flags = ("--models-config-path", config, "--dataset", data, "--max-new-tokens", "8")
-    flags = (*flags, "--output-dir", str(tmp_path), "--use-wandb", "--strategy", "all")
+    flags = (*flags, "--output-dir", str(tmp_path), "--use-wandb", "--lookahead", "2")
     partial = tmp_path / "greedy_target.json.partial"
     with started(flags, environment(tmp_path, WANDB_MODE="offline")) as process:
         wait_for_samples(partial, 2, process)
