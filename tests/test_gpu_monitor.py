@@ -177,7 +177,8 @@ def test_a_monitor_that_is_killed_costs_nothing_but_its_values(
         assert monitor.get_results() == []
     assert len(caplog.records) == 1
     assert "the run goes on without it" in caplog.text
-    assert "its process has ended" in monitor.facts["errors"][0]
+    (error,) = monitor.facts["errors"]  # it may end before it is asked, or after
+    assert "its process has ended" in error or "Broken pipe" in error
 
 
 def test_a_driver_that_never_answers_is_given_up(
