@@ -10,7 +10,8 @@ from bisect import bisect_left
 from typing import Final
 
 _STEPS_REMEMBERED: Final = 24  # of each length, about
-_TRIAL_EVERY: Final = 8  # mismatches of which nothing could be learnt
+_TRIAL_EVERY: Final = 8  # mismatches of which nothing could be learnt, at first
+_RAREST_TRIAL: Final = 64
 _LIKENESS: Final = 0.25  # of numbers of tokens: their variance where they tell as much as a guess
 _CYCLES_REMEMBERED: Final = 256
 _CANDIDATE_COST: Final = 0.1  # a guess, in cycles without candidates
@@ -161,11 +162,13 @@ class DraftWatch:
         self._num_tokens = 0  # since then, the last at
         self._until_s = 0.0
         self._num_hidden = 0
+        self._trial_every = _TRIAL_EVERY
 
     @property
     def is_out_of_date(self) -> bool:
-        """Who never waits learns nothing, and is to wait once."""
-        return self._num_hidden >= _TRIAL_EVERY
+        """Who never waits learns nothing, and is to wait once: ever more rarely while that leads
+        to no other waits."""
+        return self._num_hidden >= self._trial_every
 
     def on_mismatch(self, now_s: float) -> None:
         """Drafting begins anew, from the correction token, a moment later."""
@@ -192,10 +195,15 @@ class DraftWatch:
 
     def _end(self, *, is_seen: bool) -> None:
         assert self._since_s is not None
-        self._num_hidden = 0 if is_seen else self._num_hidden + 1
         if is_seen:
+            was_trial = self.is_out_of_date
+            self._trial_every = (
+                min(2 * self._trial_every, _RAREST_TRIAL) if was_trial else _TRIAL_EVERY
+            )
+            self._num_hidden = 0
             self.times.observe(self._num_tokens, self._until_s - self._since_s)
         else:
+            self._num_hidden += 1
             self.times.forget()
         self._since_s, self._num_tokens = None, 0
 
